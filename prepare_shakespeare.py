@@ -64,22 +64,15 @@ def read_text(path):
 def get_tokenizer(name):
     """The tiktoken.Encoding called name.
 
-    "gpt2" has 50,257 tokens; tiktoken fetches its vocabulary once, or finds it in TIKTOKEN_CACHE_DIR.
-    "bytes" has 257: the 256 bytes and <|endoftext|>. It never needs a network.
+    "gpt2" has 50,257 tokens; tiktoken fetches its vocabulary once, or finds it in TIKTOKEN_CACHE_DIR, and
+    raises requests.RequestException where it cannot. "bytes" has 257, the 256 bytes and <|endoftext|>, and
+    never needs a network.
     """
-    if name == "bytes":
-        byte_ranks = {bytes([i]): i for i in range(256)}
-        pieces = r"(?s:.{1,1000})"  # how text is cut before merging; with no merges any cut gives the same
-        return tiktoken.Encoding(
-            "bytes", pat_str=pieces, mergeable_ranks=byte_ranks, special_tokens={"<|endoftext|>": 256}
-        )
-    try:
-        return tiktoken.get_encoding(name)
-    except (requests.RequestException, OSError) as error:
-        fail(
-            f"cannot fetch the GPT-2 vocabulary ({type(error).__name__}): use --tokenizer bytes, "
-            "or point TIKTOKEN_CACHE_DIR at a folder that holds it"
-        )
+    if name == "gpt2":
+        return tiktoken.get_encoding("gpt2")
+    ranks = {bytes([i]): i for i in range(256)}
+    pieces = r"(?s:.{1,1000})"  # how text is cut before merging: with no merges any cut gives the same
+    return tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
 
 
 # --- end of copied block: get_tokenizer ---
@@ -95,7 +88,13 @@ def write_shards(out_dir, parts, tokenizer, source):
     All of it is made in a temporary directory that is renamed when it is complete, so that out_dir
     either holds the whole data set or does not exist. Returns meta.json's content.
     """
-    enc = get_tokenizer(tokenizer)
+    try:
+        enc = get_tokenizer(tokenizer)
+    except requests.RequestException as error:
+        fail(
+            f"cannot fetch the GPT-2 vocabulary ({type(error).__name__}): use --tokenizer bytes, "
+            "or point TIKTOKEN_CACHE_DIR at a folder that holds it"
+        )
     name = os.path.basename(os.path.abspath(out_dir))
     meta = {"tokenizer": tokenizer, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token, "source": source}
     meta["shards"] = []

@@ -1,0 +1,746 @@
+"""
+Lesson 3: pre-train GPT-2 (124M to 1.6B parameters) on one CPU, one GPU or many.
+
+    python prepare_shakespeare.py && python train_gpt2.py --preset shakespeare   # 2 CPU cores, minutes
+    python fineweb.py && python train_gpt2.py                                    # GPT-2 124M, one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py                       # the same on eight
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume              # go on after any stop
+
+Reads the token shards of --data_dir. Writes --log_dir: log.txt (a "step kind value" line for every
+figure) and step_NNNNNN/, checkpoints that transformers' AutoModelForCausalLM opens as they are. What a
+step learns from depends on the seed and the step alone, not on the number of processes.
+Expect a loss of ln(vocab_size) at step 0 (10.82 for GPT-2's tokens, 5.55 for bytes), then, on
+input.txt, a validation loss under 1.75 nats a byte and, on FineWeb-Edu, about 3.29 after 19,073 steps.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import requests
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+# Presets are defaults of flags. Learning rates are GPT-3's for models of these sizes (table 2.1 of
+# "Language Models are Few-Shot Learners", 2020), as are the batch of half a million tokens and the
+# 375M tokens of warmup; 19,073 steps are one pass over 10B tokens.
+GPT2 = dict(data_dir="edu_fineweb10B", block_size=1024, total_batch_size=524288, micro_batch_size=16)
+GPT2 |= dict(max_steps=19073, warmup_steps=715, eval_interval=250, val_tokens=10485760, checkpoint_interval=1000)
+GPT2 |= dict(log_interval=1, prompt="Hello, I'm a language model,")
+PRESETS = {
+    "gpt2": GPT2 | dict(n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4),
+    "gpt2-medium": GPT2 | dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4),
+    "gpt2-large": GPT2 | dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
+    "gpt2-xl": GPT2 | dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4),
+    "shakespeare": dict(data_dir="shakespeare", block_size=64, total_batch_size=1024, micro_batch_size=16)
+    | dict(max_steps=2500, warmup_steps=100, eval_interval=250, val_tokens=48000, checkpoint_interval=500)
+    | dict(log_interval=10, prompt="\n", n_layer=4, n_head=4, n_embd=128, learning_rate=3e-3),
+}
+
+
+# ---------------------------------------------------------------------------------------- model
+ACTIVATIONS = {  # by Hugging Face's names; gelu_new is GPT-2's
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face stores these transposed: (in, out)
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT-2; the defaults are the 124M model's."""
+
+    vocab_size: int = 50257
+    block_size: int = 1024  # tokens a sequence at most; n_positions in Hugging Face's config
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int | None = None  # hidden channels of the MLP; None means 4 * n_embd
+    activation_function: str = "gelu_new"
+    dropout: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    tokenizer: str = "gpt2"  # "gpt2" or "bytes"; what token ids mean
+
+
+class MultiHeadAttention(nn.Module):
+    """n_head causal attentions side by side, each on its own n_embd / n_head channels."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v of all heads at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return F.dropout(self.c_proj(y), dropout_p)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers and a nonlinearity, on every position by itself."""
+
+    def __init__(self, config):
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, n_inner)
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.c_proj = nn.Linear(n_inner, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):  # (B, T, C) -> (B, T, n_inner) -> (B, T, C)
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Communication, then computation; each adds its result to x, a road for the gradient."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = MultiHeadAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019).
+
+    The token embedding is also the output head. Inside the model it has rows up to the next multiple of
+    128, a size that matmuls like: the extra ones are zero, their logits -inf, and no file contains them.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        padded_vocab_size = -(-config.vocab_size // 128) * 128
+        self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        padding = torch.arange(padded_vocab_size) >= config.vocab_size
+        self.register_buffer("head_bias", torch.zeros(len(padding)).masked_fill(padding, -math.inf), persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:  # each block adds twice to x: keep the sum's variance that of one
+                std = 0.02 * (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(parameter, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        nn.init.zeros_(self.wte.weight[config.vocab_size :])
+
+    def forward(self, idx, targets=None):
+        """For ids idx (B, T): (logits (B, T, vocab_size), None), or (None, mean loss in nats) with targets (B, T)."""
+        x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]  # (B, T, C) + (T, C) -> (B, T, C)
+        x = self.drop(x)
+        for block in self.h:
+            x = block(x)
+        logits = F.linear(self.ln_f(x), self.wte.weight, self.head_bias)  # (B, T, C) -> (B, T, padded V)
+        if targets is None:
+            return logits[..., : self.config.vocab_size], None
+        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, generator, top_k=50):
+        """Extend idx (B, T) by max_new_tokens tokens sampled from the top_k likeliest: (B, T + max_new_tokens)."""
+        self.eval()
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, V)
+            top, top_idx = logits.topk(min(top_k, logits.shape[-1]))  # (B, k)
+            choice = torch.multinomial(F.softmax(top, dim=-1), 1, generator=generator)  # (B, 1)
+            idx = torch.cat((idx, top_idx.gather(1, choice)), dim=1)  # (B, T + 1)
+        return idx
+
+    @property
+    def num_params(self):
+        """Parameters as published, without the padding of the vocabulary: 124,439,808 for the default config."""
+        padding = self.wte.num_embeddings - self.config.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+
+    def save_pretrained(self, directory):
+        """Write model.safetensors and config.json into directory as transformers' GPT2LMHeadModel does (fp32)."""
+        config, eot_token = self.config, {"gpt2": 50256, "bytes": 256}[self.config.tokenizer]
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            tensor = tensor[: config.vocab_size] if name == "wte.weight" else tensor
+            tensor = tensor.T if name.endswith(CONV1D) else tensor
+            tensors[f"transformer.{name}"] = tensor.detach().float().cpu().contiguous()
+        os.makedirs(directory, exist_ok=True)
+        save_file(tensors, f"{directory}/model.safetensors", metadata={"format": "pt"})
+        hugging_face = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": config.vocab_size,
+            "n_positions": config.block_size,
+            "n_layer": config.n_layer,
+            "n_head": config.n_head,
+            "n_embd": config.n_embd,
+            "n_inner": config.n_inner,
+            "activation_function": config.activation_function,
+            "resid_pdrop": config.dropout,
+            "embd_pdrop": config.dropout,
+            "attn_pdrop": config.dropout,
+            "layer_norm_epsilon": config.layer_norm_epsilon,
+            "initializer_range": 0.02,
+            "bos_token_id": eot_token,
+            "eos_token_id": eot_token,
+            "tie_word_embeddings": True,
+            "dtype": "float32",
+            "tokenizer": config.tokenizer,
+        }
+        with open(f"{directory}/config.json", "w", encoding="utf-8") as file:
+            json.dump(hugging_face, file, indent=2)
+
+    @classmethod
+    def from_pretrained(cls, directory_or_name):
+        """The GPT-2 in a directory (ours or Hugging Face's), or of a name on the Hugging Face hub.
+
+        Raises ValueError, in one line, where there is none, and OSError where a name cannot be fetched.
+        """
+        directory = directory_or_name
+        if not os.path.isdir(directory):
+            from huggingface_hub import snapshot_download
+
+            directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
+        try:
+            with open(f"{directory}/config.json", encoding="utf-8") as file:
+                found = json.load(file)
+            tensors = load_file(f"{directory}/model.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{directory} holds no model: {error}") from None
+        if found.get("model_type") != "gpt2":
+            raise ValueError(f"{directory} holds a model of type {found.get('model_type')!r}, not 'gpt2'")
+        known = {k: found[k] for k in inspect.signature(GPTConfig).parameters if k in found}
+        model = cls(GPTConfig(**known, block_size=found["n_positions"], dropout=found.get("resid_pdrop", 0.1)))
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        for name, parameter in model.named_parameters():
+            tensor = tensors.get(name)
+            target = parameter[: model.config.vocab_size] if name == "wte.weight" else parameter
+            target = target.T if name.endswith(CONV1D) else target
+            if tensor is None or tensor.shape != target.shape:
+                shape = "missing" if tensor is None else tuple(tensor.shape)
+                raise ValueError(f"{directory}: {name} is {shape}, config.json asks for {tuple(target.shape)}")
+            with torch.no_grad():
+                target.copy_(tensor)
+        return model
+
+
+# ----------------------------------------------------------------------------------------- data
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d+),\), \}", re.S
+)
+BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # llm.c's shards: 256 int32, then uint16 tokens
+
+
+# --- copied block: get_tokenizer ---
+def get_tokenizer(name):
+    """The tiktoken.Encoding called name.
+
+    "gpt2" has 50,257 tokens; tiktoken fetches its vocabulary once, or finds it in TIKTOKEN_CACHE_DIR, and
+    raises requests.RequestException where it cannot. "bytes" has 257, the 256 bytes and <|endoftext|>, and
+    never needs a network.
+    """
+    if name == "gpt2":
+        return tiktoken.get_encoding("gpt2")
+    ranks = {bytes([i]): i for i in range(256)}
+    pieces = r"(?s:.{1,1000})"  # how text is cut before merging: with no merges any cut gives the same
+    return tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+
+
+# --- end of copied block: get_tokenizer ---
+# --- copied block: read_shard ---
+def read_header(path):
+    """(bytes before the tokens, number of tokens) of a shard; raises ValueError if it is none."""
+    with open(path, "rb") as file:
+        head = file.read(BIN_HEADER)
+        size = file.seek(0, os.SEEK_END)
+    npy = NPY_HEADER.match(head)
+    if npy:
+        offset, count = 10 + int.from_bytes(npy[1], "little"), int(npy[2])
+    elif len(head) == BIN_HEADER and struct.unpack("<2i", head[:8]) == (BIN_MAGIC, BIN_VERSION):
+        offset, count = BIN_HEADER, struct.unpack("<i", head[8:12])[0]
+    else:
+        raise ValueError(f"{path} is no token shard: neither a one-dimensional uint16 .npy nor llm.c's .bin")
+    if size != offset + 2 * count:
+        raise ValueError(f"{path} has {size:,} bytes, its header promises {offset + 2 * count:,}: make it again")
+    return offset, count
+
+
+@lru_cache(maxsize=16)
+def open_shard(path):
+    """The tokens of a shard, mapped into memory: a read-only uint16 array (N,)."""
+    offset, count = read_header(path)
+    return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
+
+
+# --- end of copied block: read_shard ---
+def read_meta(data_dir):
+    """The meta.json of a data set, or, for foreign shards that have none, what GPT-2's would say."""
+    try:
+        with open(f"{data_dir}/meta.json", encoding="utf-8") as file:
+            meta = json.load(file)
+        sizes = {shard["file"]: shard["tokens"] for shard in meta["shards"]}
+        return {"tokenizer": meta["tokenizer"], "vocab_size": meta["vocab_size"], "sizes": sizes}
+    except FileNotFoundError:
+        return {"tokenizer": "gpt2", "vocab_size": 50257, "sizes": {}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{data_dir}/meta.json cannot be read ({error!r}): make the shards again") from None
+
+
+class Windows:
+    """The shards of one split as windows of block_size + 1 tokens, in an order that depends on the seed alone.
+
+    Windows tile a shard: each begins with the token that the one before ended with, so that every token but a
+    shard's first is a target once an epoch. An epoch visits the shards, and the windows of each shard, in a
+    random order that is drawn anew from (seed, epoch). Memory is O(shards) and one shard's order.
+
+    Raises ValueError for a shard that is damaged, disagrees with meta.json or holds an id >= vocab_size.
+    """
+
+    def __init__(self, data_dir, split, meta, block_size, seed, shuffle):
+        pattern = re.compile(rf".*_{split}_\d+\.(npy|bin)")
+        names = sorted(name for name in {*os.listdir(data_dir), *meta["sizes"]} if pattern.fullmatch(name))
+        if not names:
+            raise ValueError(f"{data_dir} has no {split} shard (NAME_{split}_NNNNNN.npy)")
+        self.paths = [os.path.join(data_dir, name) for name in names]
+        self.block_size, self.seed, self.shuffle = block_size, seed, shuffle
+        self.vocab_size = meta["vocab_size"]
+        counts = np.array([read_header(path)[1] for path in self.paths])
+        for name, count in zip(names, counts, strict=True):
+            promised = meta["sizes"].get(name, "nothing") if meta["sizes"] else count
+            if count != promised:
+                raise ValueError(f"{data_dir}/{name} has {count} tokens, meta.json says {promised}: make it again")
+        self.per_shard = np.maximum(counts - 1, 0) // block_size  # windows in each shard
+        self.total = int(self.per_shard.sum())  # windows in an epoch
+        if not self.total:
+            raise ValueError(f"{data_dir}: no {split} shard is longer than --block_size {block_size}: shorten it")
+        probed = self.paths[:: -(-len(self.paths) // 64)]  # up to 64 shards, 64M tokens: start-up stays short
+        for path in probed:
+            self._check(path, open_shard(path)[: 2**26 // len(probed)])
+
+    def _check(self, path, tokens):
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise ValueError(f"{path} has token id {tokens.max()}: --data_dir's vocabulary has {self.vocab_size}")
+
+    @lru_cache(maxsize=2)  # noqa: B019, the object lives as long as the process
+    def _shard_order(self, epoch):
+        order = np.arange(len(self.paths))
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, epoch)).permutation(order)
+        return order, np.cumsum(self.per_shard[order])
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def _window_order(self, epoch, shard):
+        return np.random.default_rng((self.seed, epoch, shard)).permutation(self.per_shard[shard])
+
+    def locate(self, index):
+        """Where the index-th window of the whole run is: (number of its shard, offset of its first token)."""
+        epoch, index = divmod(index, self.total)
+        order, ends = self._shard_order(epoch)
+        place = int(np.searchsorted(ends, index, side="right"))
+        shard = int(order[place])
+        window = index - (int(ends[place - 1]) if place else 0)
+        if self.shuffle:
+            window = int(self._window_order(epoch, shard)[window])
+        return shard, window * self.block_size
+
+    def batch(self, indices):
+        """Inputs and targets, each int64 (B, T), of the windows whose indices are given."""
+        rows = []
+        for index in indices:
+            shard, start = self.locate(index)
+            rows.append(open_shard(self.paths[shard])[start : start + self.block_size + 1])
+            self._check(self.paths[shard], rows[-1])
+        windows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+        return windows[:, :-1], windows[:, 1:]
+
+
+# ------------------------------------------------------------------------------------ evaluation
+def to_device(batch, device):
+    """The tensors of a batch on device; on a GPU the copy overlaps what runs there."""
+    if device.type == "cuda":
+        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
+    return [tensor.to(device) for tensor in batch]
+
+
+@torch.no_grad()
+def evaluate(model, windows, val_tokens, batch_size, rank, world_size, device, autocast):
+    """Mean loss in nats over the first val_tokens of a split, the same windows whatever the world size."""
+    model.eval()
+    n = max(1, min(val_tokens // windows.block_size, windows.total))
+    total = torch.zeros((), device=device)
+    for first in range(rank * batch_size, n, world_size * batch_size):
+        indices = range(first, min(first + batch_size, n))
+        x, y = to_device(windows.batch(indices), device)
+        with autocast:
+            total += model(x, y)[1] * len(indices)
+    if world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / n
+
+
+def sample(model, enc, prompt, device, autocast, n=2, max_new_tokens=64):
+    """n continuations of prompt as text; the random numbers are the sampler's own."""
+    ids = enc.encode_ordinary(prompt) or [enc.eot_token]
+    idx = torch.tensor([ids] * n, device=device)  # (n, T)
+    generator = torch.Generator(device).manual_seed(42)
+    with autocast:
+        idx = model.generate(idx, max_new_tokens, generator)
+    return [enc.decode(row) for row in idx.tolist()]
+
+
+# ---------------------------------------------------------------------------------- optimization
+# --- copied block: get_lr ---
+def get_lr(step, learning_rate, warmup_steps, max_steps):
+    """The learning rate of a step: a linear warmup, then half a cosine down to a tenth at max_steps."""
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))  # 0 to 1
+    return learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))  # the factor goes 1 to 0.1
+
+
+# --- end of copied block: get_lr ---
+def make_optimizer(model, learning_rate, weight_decay, device):
+    """AdamW as GPT-3's, decaying matrices and embeddings but neither biases nor norms."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of a large square matrix product, the best of five: what the device can really do."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    seconds = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the result
+        seconds = min(seconds, time.perf_counter() - start)
+    return 2 * n**3 / seconds
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+RESULT_FLAGS = (  # what a resumed run must share with its beginning: they decide what the model becomes
+    *("data_dir", "shuffle", "seed", "n_layer", "n_head", "n_embd", "n_inner", "block_size", "activation_function"),
+    *("dropout", "total_batch_size", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "grad_clip"),
+)
+
+
+def save_checkpoint(log_dir, step, model, optimizer, scaler, args):
+    """Write log_dir/step_NNNNNN, whole or not at all, and drop the oldest beyond args.keep_checkpoints.
+
+    model.safetensors and config.json are a Hugging Face model; trainer.pt holds what only training needs.
+    """
+    final, temporary = f"{log_dir}/step_{step:06d}", f"{log_dir}/tmp_step_{step:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    trainer = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "args": vars(args)}
+    torch.save(trainer, f"{temporary}/trainer.pt")
+    for path in [*(entry.path for entry in os.scandir(temporary)), temporary]:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in list_checkpoints(log_dir)[: -args.keep_checkpoints or None] if args.keep_checkpoints else []:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(path, config, args):
+    """The (step, model, content of trainer.pt) of a checkpoint of a run with the same flags."""
+    try:
+        model = GPT.from_pretrained(path)
+        trainer = torch.load(f"{path}/trainer.pt", map_location="cpu", weights_only=True)
+        was = {name: trainer["args"][name] for name in RESULT_FLAGS}
+    except Exception as error:  # a damaged file fails in many ways
+        fail(f"cannot resume from {path} ({str(error).splitlines()[0]}): delete it to take the one before")
+    for name, value in was.items():
+        if value != getattr(args, name):
+            fail(f"--{name} is {getattr(args, name)}, the run in {path} has {value}: use that, or another --log_dir")
+    if (model.config.vocab_size, model.config.tokenizer) != (config.vocab_size, config.tokenizer):
+        fail(f"--data_dir has {config.tokenizer} tokens, the run in {path} {model.config.tokenizer} tokens")
+    model.config = config
+    return trainer["step"], model, trainer
+
+
+def list_checkpoints(log_dir):
+    """The directories of the complete checkpoints in log_dir, oldest first."""
+    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
+    names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
+    return [f"{log_dir}/{name}" for name in sorted(names, key=lambda name: int(name[5:]))]
+
+
+def rewind_log(path, step):
+    """Drop the lines of log.txt from step on, and a last one cut in the middle; training writes them again."""
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            kept = [line for line in file if line.endswith("\n") and int(line.split()[0]) < step]
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            file.writelines(kept)
+        os.replace(f"{path}.tmp", path)
+
+
+# --------------------------------------------------------------------------------- command line
+def fail(message):
+    """Report a user's mistake in one line on stderr, once under torchrun too, and exit with status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- copied block: pick_device ---
+def pick_device(name):
+    """The torch.device called name; "auto" is the accelerator if there is one, else the CPU."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (AssertionError, NotImplementedError, RuntimeError):
+        fail(f"--device {name} is not available here: leave it out, or use --device cpu")
+
+
+# --- end of copied block: pick_device ---
+def parse_args():
+    """The flags, with the preset's values for those not given; exits at one that cannot be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = fail  # argparse reports its own errors in one line, too
+    switch = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("data").add_argument
+    add("--preset", choices=list(PRESETS), default="gpt2", help="where flags without a default take it from (gpt2)")
+    add("--data_dir", help="directory of token shards")
+    add("--shuffle", action=switch, default=True, help="visit windows in random, not in file order (on)")
+    add("--seed", type=int, default=1337, help="of weights, data order and dropout (1337)")
+    add = parser.add_argument_group("model").add_argument
+    add("--n_layer", type=int, help="blocks")
+    add("--n_head", type=int, help="attention heads a block")
+    add("--n_embd", type=int, help="channels, a multiple of n_head")
+    add("--n_inner", type=int, help="hidden channels of the MLP (4 * n_embd)")
+    add("--block_size", type=int, help="tokens a sequence")
+    add("--activation_function", choices=list(ACTIVATIONS), default="gelu_new", help="of the MLP (gelu_new)")
+    add("--dropout", type=float, default=0.0, help="share of activations zeroed in training (0.0)")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--total_batch_size", type=int, help="tokens a step, over all processes")
+    add("--micro_batch_size", type=int, help="sequences in memory at a time, a process: lower it if memory runs out")
+    add("--max_steps", type=int, help="training steps")
+    add("--learning_rate", type=float, help="its peak; cosine to a tenth of it at max_steps")
+    add("--warmup_steps", type=int, help="steps of linear warmup")
+    add("--weight_decay", type=float, default=0.1, help="of matrices and embeddings (0.1)")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient (1.0)")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval_interval", type=int, help="steps between validations and samples")
+    add("--val_tokens", type=int, help="validation tokens, at most all there are")
+    add("--prompt", help="text that the samples continue")
+    add = parser.add_argument_group("system").add_argument
+    add("--log_dir", default="log", help="directory of the run's log and checkpoints (log)")
+    add("--log_interval", type=int, help="steps between lines on the screen")
+    add("--checkpoint_interval", type=int, help="steps between checkpoints")
+    add("--keep_checkpoints", type=int, default=3, help="newest checkpoints that stay (3; 0: all)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in log_dir, if there is one")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (auto)")
+    add("--dtype", choices=list(DTYPES), help="of matmuls (the best that the device has; float32 on a CPU)")
+    add("--compile", action=switch, help="torch.compile the model (on GPUs)")
+    args = parser.parse_args()
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    zero_is_fine = ("seed", "dropout", "warmup_steps", "weight_decay", "keep_checkpoints")
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and (value < 0 or value == 0 and name not in zero_is_fine):
+            fail(f"--{name} is {value}: it must be above 0")
+    if args.n_embd % args.n_head:
+        fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: change either")
+    if args.dropout >= 1:
+        fail(f"--dropout is {args.dropout}: it must be below 1")
+    return args
+
+
+def main():
+    args = parse_args()
+
+    # One process a device; torchrun tells each which it is.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    if world_size > 1 and device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    micro_tokens = args.micro_batch_size * args.block_size * world_size
+    if args.total_batch_size % micro_tokens:
+        fail(
+            f"--total_batch_size {args.total_batch_size} is not divisible by {micro_tokens} = --micro_batch_size "
+            f"{args.micro_batch_size} * --block_size {args.block_size} * {world_size} processes: change one of them"
+        )
+    grad_accum_steps = args.total_batch_size // micro_tokens
+    windows_per_step = args.total_batch_size // args.block_size
+    try:
+        if not os.path.isdir(args.data_dir):
+            make = "python prepare_shakespeare.py (seconds) or python fineweb.py (hours)"
+            raise ValueError(f"--data_dir {args.data_dir} does not exist: make one with {make}")
+        meta = read_meta(args.data_dir)
+        train_windows, val_windows = (
+            Windows(args.data_dir, split, meta, args.block_size, args.seed, args.shuffle and split == "train")
+            for split in ("train", "val")
+        )
+    except (OSError, ValueError) as error:
+        fail(error)
+
+    checkpoints = list_checkpoints(args.log_dir)
+    if not args.resume and (checkpoints or os.path.exists(f"{args.log_dir}/log.txt")):
+        fail(f"--log_dir {args.log_dir} holds a run: --resume it, name another directory, or delete it")
+
+    # Numbers: 16 bits in matmuls where the device is fast at them, float32 everywhere else.
+    if args.dtype is None:
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if has_bfloat16 else "float16" if device.type == "cuda" else "float32"
+    dtype = DTYPES[args.dtype]
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+
+    # The model, and what wraps it; all of them share the same weights.
+    torch.manual_seed(args.seed)
+    names = ("block_size", "n_layer", "n_head", "n_embd", "n_inner", "activation_function", "dropout")
+    shape = {name: getattr(args, name) for name in names}
+    config = GPTConfig(vocab_size=meta["vocab_size"], tokenizer=meta["tokenizer"], **shape)
+    start_step, raw_model, trainer = 0, GPT(config), None
+    if args.resume and checkpoints:
+        start_step, raw_model, trainer = load_checkpoint(checkpoints[-1], config, args)
+    raw_model.to(device)
+    optimizer = make_optimizer(raw_model, args.learning_rate, args.weight_decay, device)
+    if trainer:
+        optimizer.load_state_dict(trainer["optimizer"])
+        scaler.load_state_dict(trainer["scaler"])
+    model = torch.compile(raw_model) if args.compile else raw_model  # evaluation and sampling use raw_model
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        model = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+    # What is about to run, everything resolved.
+    log_file = None
+    if rank == 0:
+        os.makedirs(args.log_dir, exist_ok=True)
+        for directory in os.listdir(args.log_dir):
+            if directory.startswith("tmp_step_"):  # a checkpoint that a crash left half-written
+                shutil.rmtree(f"{args.log_dir}/{directory}")
+        rewind_log(f"{args.log_dir}/log.txt", start_step)
+        log_file = open(f"{args.log_dir}/log.txt", "a", encoding="utf-8")  # noqa: SIM115, open until the end
+        print(" ".join(f"--{name} {value}" for name, value in vars(args).items()))
+        print(f"torch {torch.__version__}, {world_size} x {device}, {torch.get_num_threads()} CPU threads each")
+        print(
+            f"train: {train_windows.total:,} windows in {len(train_windows.paths)} shards, val: {val_windows.total:,}"
+        )
+        print(
+            f"{raw_model.num_params:,} parameters, {args.total_batch_size:,} tokens a step = {grad_accum_steps} x "
+            f"{world_size} x {args.micro_batch_size} x {args.block_size}"
+        )
+    flops_per_token = 6 * raw_model.num_params + 12 * args.n_layer * args.n_embd * args.block_size
+    peak = matmul_peak(device, dtype)
+    enc = None
+    try:
+        enc = get_tokenizer(meta["tokenizer"])
+    except requests.RequestException:
+        if rank == 0:
+            print(
+                "no samples: GPT-2's vocabulary cannot be fetched; TIKTOKEN_CACHE_DIR can name a folder that holds it"
+            )
+    if rank == 0:
+        print(f"matmul peak {peak / 1e12:.3g} TFLOP/s in {args.dtype}, measured: mfu is the share of it", flush=True)
+
+    def log(step, kind, value):
+        if log_file:
+            log_file.write(f"{step} {kind} {value}\n")
+            log_file.flush()
+
+    for step in range(start_step, args.max_steps + 1):
+        last_step = step == args.max_steps
+        if rank == 0 and step > start_step and (last_step or step % args.checkpoint_interval == 0):
+            save_checkpoint(args.log_dir, step, raw_model, optimizer, scaler, args)
+
+        if last_step or step % args.eval_interval == 0:
+            val_args = (args.val_tokens, args.micro_batch_size, rank, world_size, device, autocast)
+            val_loss = evaluate(raw_model, val_windows, *val_args)
+            log(step, "val", f"{val_loss:.4f}")
+            if rank == 0:
+                print(f"step {step:5d} | val loss: {val_loss:.4f}", flush=True)
+                for text in sample(raw_model, enc, args.prompt, device, autocast) if enc else []:
+                    print(f"> {text}".replace("\n", "\n> "), flush=True)
+        if last_step:
+            break
+
+        # One step: the gradient of the mean loss over all its windows, a micro-batch at a time.
+        start = time.perf_counter()
+        model.train()
+        torch.manual_seed(args.seed + step * world_size + rank)  # of dropout: it follows from the step, too
+        lr = get_lr(step, args.learning_rate, args.warmup_steps, args.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=device)
+        for micro_step in range(grad_accum_steps):
+            first = step * windows_per_step + (micro_step * world_size + rank) * args.micro_batch_size
+            x, y = to_device(train_windows.batch(range(first, first + args.micro_batch_size)), device)
+            last_micro_step = micro_step == grad_accum_steps - 1
+            # DDP adds up the ranks' gradients in the last backward alone; the flag covers the forward pass too.
+            with model.no_sync() if world_size > 1 and not last_micro_step else nullcontext():
+                with autocast:
+                    micro_loss = model(x, y)[1] / grad_accum_steps
+                scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if world_size > 1:
+            dist.all_reduce(loss)
+        loss, norm = loss.item() / world_size, norm.item()  # waits for the device
+        dt = time.perf_counter() - start
+        tokens_per_second = args.total_batch_size / dt
+        log(step, "train", f"{loss:.6f}")
+        log(step, "lr", f"{lr:.4e}")
+        log(step, "norm", f"{norm:.4f}")
+        log(step, "tok/s", f"{tokens_per_second:.1f}")
+        if rank == 0 and step % args.log_interval == 0:
+            mfu = 100 * flops_per_token * tokens_per_second / world_size / peak
+            print(
+                f"step {step:5d} | loss: {loss:.3f} | lr {lr:.1e} | norm: {norm:.3g} | dt: {1000 * dt:.1f}ms | "
+                f"tok/s: {tokens_per_second:.1f} | mfu: {mfu:.1f}%",
+                flush=True,
+            )
+
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
