@@ -1,13 +1,12 @@
 """
-Lesson 2: a Transformer writes text one character at a time. The loop is bigram.py's; the model is new.
+Lesson 2: a Transformer writes text one character at a time. The loop is bigram.py's, the model is new.
 
-    python gpt.py                                 # "full" on an accelerator, "cpu" (2 minutes) otherwise
-    python gpt.py --preset full                   # 10.8M parameters, 5,000 steps
-    python gpt.py --save model.pt                 # keep the best model in a file ...
-    python gpt.py --load model.pt --prompt "KING" # ... and sample from it without training
+    python gpt.py                                   # "full" on an accelerator, "cpu" (2 minutes) otherwise
+    python gpt.py --preset full --save model.pt     # 10.8M parameters, 5,000 steps, the best model kept
+    python gpt.py --load model.pt --prompt "What "  # a sample from it, without training
 
-Trains on the first 90 % of input.txt (or --input FILE), prints the loss on both parts, then a sample
-of the model whose validation loss was lowest. Without --save it writes no file.
+Trains on the first 90 % of input.txt (or --input FILE), prints the loss on both parts, then a sample of
+the model with the lowest validation loss: 1.76 nats a character on Tiny Shakespeare with "cpu".
 """
 
 import argparse
@@ -25,7 +24,6 @@ try:
 except ImportError:  # the evaluation lines are the progress then
     tqdm = None
 
-SHAPE = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "d_ff", "activation", "dropout")
 PRESETS = {
     "full": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2)
     | dict(batch_size=64, max_steps=5000, learning_rate=1e-3),
@@ -36,11 +34,11 @@ PRESETS = {
 
 # ---------------------------------------------------------------------------------------- model
 def causal_attention(q, k, v, dropout_p=0.0):
-    """Each position's average of the values up to it, weighted by how well its query fits their keys.
+    """softmax(q k^T / sqrt(hs)) v without the future, "Attention Is All You Need" (2017), equation 1.
 
-    q, k, v: (B, nh, T, hs); returns (B, nh, T, hs): softmax(q k^T / sqrt(hs)) v, "Attention Is All You
-    Need" (2017), equation 1, with the future masked out. F.scaled_dot_product_attention(is_causal=True)
-    computes the same without ever storing the (T, T) scores: less memory traffic, so faster.
+    q, k, v and the result: (B, nh, T, hs). Each position averages the values up to its own, weighted by how
+    well its query fits their keys. F.scaled_dot_product_attention(is_causal=True) computes the same, but
+    never stores the (T, T) scores: that is why the model calls it instead.
     """
     T, hs = q.shape[-2:]
     scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, hs) @ (B, nh, hs, T) -> (B, nh, T, T)
@@ -125,19 +123,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, generator, temperature=1.0, top_k=0, stop=None):
-        """Extend idx (1, T) by up to max_new_tokens sampled characters to (1, T + n).
-
-        temperature divides the logits (0: always the likeliest), top_k keeps the k likeliest (0: all),
-        stop is a list of ids at whose first appearance in the new text sampling ends.
-        """
+        """Extend idx (1, T) by n <= max_new_tokens characters to (1, T + n); the ids in stop, if new, end it."""
         self.eval()
         T = idx.shape[1]
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size :])[0][:, -1]  # (1, V)
-            if top_k:
+            if top_k:  # the k likeliest characters stay possible
                 kept, _ = logits.topk(min(top_k, logits.shape[-1]))  # (1, k), largest first
                 logits = logits.masked_fill(logits < kept[:, -1:], float("-inf"))
-            if temperature:
+            if temperature:  # below 1 the likely become likelier still
                 probs = F.softmax(logits / temperature, dim=-1)  # (1, V)
                 next_idx = torch.multinomial(probs, 1, generator=generator)  # (1, 1)
             else:
@@ -209,11 +203,11 @@ def pick_device(name):
 
 
 # --- end of copied block: pick_device ---
-def encode(text, chars):
+def encode(text, chars, flag):
     """The ids of text's characters; exits at one that is not in chars."""
-    for char in text:
-        if char not in chars:
-            fail(f"--prompt has {char!r}, which the model has never seen: it knows {''.join(chars)!r}")
+    unknown = "".join(sorted(set(text) - set(chars)))
+    if unknown:
+        fail(f"{flag} has {unknown!r}, which the model has never seen: use only {''.join(chars)!r}")
     return [chars.index(char) for char in text]
 
 
@@ -225,14 +219,14 @@ def load_model(path, device):
         model.load_state_dict(saved["model"])
         return model, saved["chars"]
     except Exception as error:  # files of another kind fail in many ways
-        fail(f"--load {path} holds no model of gpt.py ({str(error).splitlines()[0]}): make one with --save")
+        fail(f"cannot take a model from --load {path} ({type(error).__name__}): make one with --save")
 
 
 def train(args):
     """Train on args.input; returns the model of the lowest validation loss and its alphabet."""
     text = read_text(args.input)
     chars = sorted(set(text))  # the vocabulary: a character's id is its place in it
-    encode(args.prompt, chars)  # a prompt that cannot be sampled fails now, not after training
+    encode(args.prompt, chars, "--prompt"), encode(args.stop, chars, "--stop")  # fail now, not after training
     stoi = {char: i for i, char in enumerate(chars)}
     data = torch.tensor([stoi[char] for char in text], device=args.device)  # (N,)
     train_data, val_data = data.tensor_split([int(0.9 * len(data))])
@@ -295,7 +289,7 @@ def main():
     add("--eval_interval", type=int, default=250, help="steps between loss estimates (250)")
     add("--eval_iters", type=int, default=40, help="batches a loss estimate (40)")
     add = parser.add_argument_group("sampling").add_argument
-    add("--prompt", default="\n", help="text to continue (an empty line)")
+    add("--prompt", default="", help="text to continue (the first character of the alphabet, a line end)")
     add("--max_new_tokens", type=int, default=500, help="characters to sample (500)")
     add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder, 0 the likeliest (1.0)")
     add("--top_k", type=int, default=0, help="choose among the k likeliest characters (0: all)")
@@ -303,23 +297,27 @@ def main():
     args = parser.parse_args()
     args.device = pick_device(args.device)
     preset = args.preset or ("cpu" if args.device.type == "cpu" else "full")
-    for name, value in PRESETS[preset].items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args = argparse.Namespace(**vars(args) | PRESETS[preset] | given)
     for name, value in vars(args).items():
         zero_is_fine = name in ("seed", "d_ff", "dropout", "temperature", "top_k")
         if type(value) in (int, float) and (value < 0 or value == 0 and not zero_is_fine):
             fail(f"--{name} is {value}: it must be above 0")
+    if args.dropout >= 1:
+        fail(f"--dropout is {args.dropout}: it must be below 1")
+    if args.save and not os.path.isdir(os.path.dirname(args.save) or "."):
+        fail(f"--save {args.save}: there is no such folder, make it first")
     if args.n_embd % args.n_head:
         fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: change either")
 
     print(f"{args.device}: " + (f"model {args.load}" if args.load else f"preset {preset}"), flush=True)
     model, chars = load_model(args.load, args.device) if args.load else train(args)
     if args.save:
-        config = {name: getattr(model.config, name) for name in SHAPE}
+        config = {name: value for name, value in vars(model.config).items() if name != "device"}
         torch.save({"model": model.state_dict(), "config": config, "chars": chars}, f"{args.save}.tmp")
         os.replace(f"{args.save}.tmp", args.save)  # whole or not at all
-    idx = torch.tensor([encode(args.prompt, chars)], device=args.device)  # (1, T)
-    stop = [chars.index(char) for char in args.stop] if set(args.stop) <= set(chars) else None
+    prompt, stop = encode(args.prompt or chars[0], chars, "--prompt"), encode(args.stop, chars, "--stop")
+    idx = torch.tensor([prompt], device=args.device)  # (1, T)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     idx = model.generate(idx, args.max_new_tokens, generator, args.temperature, args.top_k, stop)
     print("".join(chars[i] for i in idx[0].tolist()))

@@ -407,13 +407,14 @@ def evaluate(model, windows, val_tokens, batch_size, rank, world_size, device, a
 
 
 def sample(model, enc, prompt, device, autocast, n=2, max_new_tokens=64):
-    """n continuations of prompt as text; the random numbers are the sampler's own."""
+    """n continuations of prompt, as text that is safe to print; the random numbers are the sampler's own."""
     ids = enc.encode_ordinary(prompt) or [enc.eot_token]
     idx = torch.tensor([ids] * n, device=device)  # (n, T)
     generator = torch.Generator(device).manual_seed(42)
     with autocast:
         idx = model.generate(idx, max_new_tokens, generator)
-    return [enc.decode(row) for row in idx.tolist()]
+    texts = (enc.decode(row) for row in idx.tolist())
+    return ["".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text) for text in texts]
 
 
 # ---------------------------------------------------------------------------------- optimization
