@@ -106,7 +106,7 @@ def main():
     parser.error = fail  # argparse reports its own errors in one line, too
     args = parser.parse_args()
     for name, value in vars(args).items():
-        if type(value) in (int, float) and value <= 0 and name != "seed":
+        if type(value) in (int, float) and name != "seed" and not value > 0:
             fail(f"--{name} is {value}: it must be above 0")
     text, device = read_text(args.input), pick_device(args.device)
 

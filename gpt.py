@@ -33,7 +33,7 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------- model
-def causal_attention(q, k, v, dropout_p=0.0):
+def causal_attention(q, k, v):
     """softmax(q k^T / sqrt(hs)) v without the future, "Attention Is All You Need" (2017), equation 1.
 
     q, k, v and the result: (B, nh, T, hs). Each position averages the values up to its own, weighted by how
@@ -44,7 +44,7 @@ def causal_attention(q, k, v, dropout_p=0.0):
     scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, hs) @ (B, nh, hs, T) -> (B, nh, T, T)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # True above the diagonal
     weights = F.softmax(scores.masked_fill(future, float("-inf")), dim=-1)  # each row sums to 1
-    return F.dropout(weights, dropout_p) @ v  # (B, nh, T, T) @ (B, nh, T, hs) -> (B, nh, T, hs)
+    return weights @ v  # (B, nh, T, T) @ (B, nh, T, hs) -> (B, nh, T, hs)
 
 
 class MultiHeadAttention(nn.Module):
@@ -52,18 +52,18 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # q, k, v of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)  # of the result; dropping weights would rule out the fused kernel
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
-        dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # causal_attention(q, k, v), fused
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, nh * hs): heads side by side
-        return F.dropout(self.c_proj(y), dropout_p)
+        return self.dropout(self.c_proj(y))
 
 
 class FeedForward(nn.Module):
@@ -237,7 +237,7 @@ def train(args):
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     args.vocab_size = len(chars)
     model = GPT(args).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(chars)} characters")
     generator = torch.Generator().manual_seed(args.seed)
     best_loss, best_state = math.inf, None
@@ -301,8 +301,8 @@ def main():
     args = argparse.Namespace(**vars(args) | PRESETS[preset] | given)
     for name, value in vars(args).items():
         zero_is_fine = name in ("seed", "d_ff", "dropout", "temperature", "top_k")
-        if type(value) in (int, float) and (value < 0 or value == 0 and not zero_is_fine):
-            fail(f"--{name} is {value}: it must be above 0")
+        if type(value) in (int, float) and not (value > 0 or value == 0 and zero_is_fine):
+            fail(f"--{name} is {value}: it must be {'0 or more' if zero_is_fine else 'above 0'}")
     if args.dropout >= 1:
         fail(f"--dropout is {args.dropout}: it must be below 1")
     if args.save and not os.path.isdir(os.path.dirname(args.save) or "."):

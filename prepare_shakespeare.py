@@ -147,8 +147,15 @@ def main():
             same = False
         if not same:
             fail(f"--out_dir {args.out_dir} holds something else: delete it, or name another directory")
-        print(f"{args.out_dir} already holds these shards")
-        return
+        intact = all(
+            os.path.exists(f"{args.out_dir}/{shard['file']}")
+            and sha256_of(f"{args.out_dir}/{shard['file']}") == shard["sha256"]
+            for shard in found["shards"]
+        )
+        if intact:
+            print(f"{args.out_dir} already holds these shards")
+            return
+        shutil.rmtree(args.out_dir)
     try:
         meta = write_shards(args.out_dir, {"train": text[:n], "val": text[n:]}, args.tokenizer, source)
     except OSError as error:

@@ -14,7 +14,6 @@ input.txt, a validation loss under 1.75 nats a byte and, on FineWeb-Edu, about 3
 """
 
 import argparse
-import inspect
 import json
 import math
 import os
@@ -43,15 +42,16 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 # 375M tokens of warmup; 19,073 steps are one pass over 10B tokens.
 GPT2 = dict(data_dir="edu_fineweb10B", block_size=1024, total_batch_size=524288, micro_batch_size=16)
 GPT2 |= dict(max_steps=19073, warmup_steps=715, eval_interval=250, val_tokens=10485760, checkpoint_interval=1000)
-GPT2 |= dict(log_interval=1, prompt="Hello, I'm a language model,")
+GPT2 |= dict(log_interval=1, prompt="Hello, I'm a language model,", max_new_tokens=48)
 PRESETS = {
     "gpt2": GPT2 | dict(n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4),
     "gpt2-medium": GPT2 | dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4),
     "gpt2-large": GPT2 | dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
     "gpt2-xl": GPT2 | dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4),
     "shakespeare": dict(data_dir="shakespeare", block_size=64, total_batch_size=1024, micro_batch_size=16)
-    | dict(max_steps=2500, warmup_steps=100, eval_interval=250, val_tokens=48000, checkpoint_interval=500)
-    | dict(log_interval=10, prompt="\n", n_layer=4, n_head=4, n_embd=128, learning_rate=3e-3),
+    | dict(max_steps=1500, warmup_steps=100, eval_interval=250, val_tokens=48000, checkpoint_interval=500)
+    | dict(log_interval=10, prompt="\n", max_new_tokens=192)
+    | dict(n_layer=4, n_head=4, n_embd=128, learning_rate=3e-3),
 }
 
 
@@ -236,8 +236,14 @@ class GPT(nn.Module):
             raise ValueError(f"{directory} holds no model: {error}") from None
         if found.get("model_type") != "gpt2":
             raise ValueError(f"{directory} holds a model of type {found.get('model_type')!r}, not 'gpt2'")
-        known = {k: found[k] for k in inspect.signature(GPTConfig).parameters if k in found}
-        model = cls(GPTConfig(**known, block_size=found["n_positions"], dropout=found.get("resid_pdrop", 0.1)))
+        known = {k: found[k] for k in GPTConfig.__annotations__ if k in found}
+        if known.get("activation_function", "gelu_new") not in ACTIVATIONS:
+            raise ValueError(
+                f"{directory}: activation_function {known['activation_function']!r} is not among {[*ACTIVATIONS]}"
+            )
+        model = cls(
+            GPTConfig(**known, block_size=found.get("n_positions", 1024), dropout=found.get("resid_pdrop", 0.1))
+        )
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
         for name, parameter in model.named_parameters():
             tensor = tensors.get(name)
@@ -326,9 +332,11 @@ class Windows:
 
     def __init__(self, data_dir, split, meta, block_size, seed, shuffle):
         pattern = re.compile(rf".*_{split}_\d+\.(npy|bin)")
-        names = sorted(name for name in {*os.listdir(data_dir), *meta["sizes"]} if pattern.fullmatch(name))
-        if not names:
-            raise ValueError(f"{data_dir} has no {split} shard (NAME_{split}_NNNNNN.npy)")
+        found = set(os.listdir(data_dir))
+        names = sorted(name for name in found.union(meta["sizes"]) if pattern.fullmatch(name))
+        missing = [name for name in names if name not in found]
+        if missing or not names:
+            raise ValueError(f"{data_dir} has no {missing[0] if missing else f'{split} shard'}: make the shards again")
         self.paths = [os.path.join(data_dir, name) for name in names]
         self.block_size, self.seed, self.shuffle = block_size, seed, shuffle
         self.vocab_size = meta["vocab_size"]
@@ -343,11 +351,9 @@ class Windows:
             raise ValueError(f"{data_dir}: no {split} shard is longer than --block_size {block_size}: shorten it")
         probed = self.paths[:: -(-len(self.paths) // 64)]  # up to 64 shards, 64M tokens: start-up stays short
         for path in probed:
-            self._check(path, open_shard(path)[: 2**26 // len(probed)])
-
-    def _check(self, path, tokens):
-        if len(tokens) and tokens.max() >= self.vocab_size:
-            raise ValueError(f"{path} has token id {tokens.max()}: --data_dir's vocabulary has {self.vocab_size}")
+            largest = int(open_shard(path)[: 2**26 // len(probed)].max(initial=0))
+            if largest >= self.vocab_size:
+                raise ValueError(f"{path} has token id {largest}, its vocabulary {self.vocab_size}: make it again")
 
     @lru_cache(maxsize=2)  # noqa: B019, the object lives as long as the process
     def _shard_order(self, epoch):
@@ -377,7 +383,9 @@ class Windows:
         for index in indices:
             shard, start = self.locate(index)
             rows.append(open_shard(self.paths[shard])[start : start + self.block_size + 1])
-            self._check(self.paths[shard], rows[-1])
+            if rows[-1].max() >= self.vocab_size:  # where the probe did not look
+                place = f"{self.paths[shard]} has token id {rows[-1].max()} near token {start}"
+                fail(f"{place}, its vocabulary {self.vocab_size}: make it again and --resume", only_here=True)
         windows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
         return windows[:, :-1], windows[:, 1:]
 
@@ -406,10 +414,10 @@ def evaluate(model, windows, val_tokens, batch_size, rank, world_size, device, a
     return total.item() / n
 
 
-def sample(model, enc, prompt, device, autocast, n=2, max_new_tokens=64):
-    """n continuations of prompt, as text that is safe to print; the random numbers are the sampler's own."""
+def sample(model, enc, prompt, max_new_tokens, device, autocast):
+    """Two continuations of prompt, as text that is safe to print; the random numbers are the sampler's own."""
     ids = enc.encode_ordinary(prompt) or [enc.eot_token]
-    idx = torch.tensor([ids] * n, device=device)  # (n, T)
+    idx = torch.tensor([ids] * 2, device=device)  # (2, T)
     generator = torch.Generator(device).manual_seed(42)
     with autocast:
         idx = model.generate(idx, max_new_tokens, generator)
@@ -512,9 +520,12 @@ def rewind_log(path, step):
 
 
 # --------------------------------------------------------------------------------- command line
-def fail(message):
-    """Report a user's mistake in one line on stderr, once under torchrun too, and exit with status 2."""
-    if os.environ.get("RANK", "0") == "0":
+def fail(message, only_here=False):
+    """Report a user's mistake in one line on stderr and exit with status 2.
+
+    Under torchrun all processes find most mistakes, and the first reports them; only_here: this one alone did.
+    """
+    if only_here or os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -560,7 +571,8 @@ def parse_args():
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_interval", type=int, help="steps between validations and samples")
     add("--val_tokens", type=int, help="validation tokens, at most all there are")
-    add("--prompt", help="text that the samples continue")
+    add("--prompt", help="text that the two samples continue")
+    add("--max_new_tokens", type=int, help="tokens a sample")
     add = parser.add_argument_group("system").add_argument
     add("--log_dir", default="log", help="directory of the run's log and checkpoints (log)")
     add("--log_interval", type=int, help="steps between lines on the screen")
@@ -574,10 +586,10 @@ def parse_args():
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    zero_is_fine = ("seed", "dropout", "warmup_steps", "weight_decay", "keep_checkpoints")
     for name, value in vars(args).items():
-        if type(value) in (int, float) and (value < 0 or value == 0 and name not in zero_is_fine):
-            fail(f"--{name} is {value}: it must be above 0")
+        zero_is_fine = name in ("seed", "dropout", "warmup_steps", "weight_decay", "keep_checkpoints")
+        if type(value) in (int, float) and not (value > 0 or value == 0 and zero_is_fine):
+            fail(f"--{name} is {value}: it must be {'0 or more' if zero_is_fine else 'above 0'}")
     if args.n_embd % args.n_head:
         fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: change either")
     if args.dropout >= 1:
@@ -694,7 +706,8 @@ def main():
             log(step, "val", f"{val_loss:.4f}")
             if rank == 0:
                 print(f"step {step:5d} | val loss: {val_loss:.4f}", flush=True)
-                for text in sample(raw_model, enc, args.prompt, device, autocast) if enc else []:
+                sample_args = (enc, args.prompt, args.max_new_tokens, device, autocast)
+                for text in sample(raw_model, *sample_args) if enc else []:
                     print(f"> {text}".replace("\n", "\n> "), flush=True)
         if last_step:
             break
