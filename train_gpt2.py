@@ -753,6 +753,7 @@ def main():
             )
 
     if world_size > 1:
+        del model  # DDP holds the process group: freed by anything but the next line, gloo can deadlock at exit
         dist.destroy_process_group()
 
 
