@@ -305,8 +305,8 @@ def main():
             fail(f"--{name} is {value}: it must be {'0 or more' if zero_is_fine else 'above 0'}")
     if args.dropout >= 1:
         fail(f"--dropout is {args.dropout}: it must be below 1")
-    if args.save and not os.path.isdir(os.path.dirname(args.save) or "."):
-        fail(f"--save {args.save}: there is no such folder, make it first")
+    if args.save and (os.path.isdir(args.save) or not os.path.isdir(os.path.dirname(args.save) or ".")):
+        fail(f"--save {args.save} cannot be a file: name one in a folder that exists")
     if args.n_embd % args.n_head:
         fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: change either")
 

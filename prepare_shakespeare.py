@@ -76,12 +76,14 @@ def get_tokenizer(name):
 
 
 # --- end of copied block: get_tokenizer ---
+# --- copied block: sha256_of ---
 def sha256_of(path):
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# --- end of copied block: sha256_of ---
 def write_shards(out_dir, parts, tokenizer, source):
     """Write a data set: one shard for each split of parts {"train": text, "val": text}, then meta.json.
 

@@ -4,7 +4,7 @@ Lesson 3: pre-train GPT-2 (124M to 1.6B parameters) on one CPU, one GPU or many.
     python prepare_shakespeare.py && python train_gpt2.py --preset shakespeare   # 2 CPU cores, minutes
     python fineweb.py && python train_gpt2.py                                    # GPT-2 124M, one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py                       # the same on eight
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py --resume              # go on after any stop
+    torchrun --standalone --nproc_per_node=8 --max-restarts=3 train_gpt2.py --resume   # whatever happens
 
 Reads the token shards of --data_dir. Writes --log_dir: log.txt (a "step kind value" line for every
 figure) and step_NNNNNN/, checkpoints that transformers' AutoModelForCausalLM opens as they are. What a
@@ -14,16 +14,19 @@ input.txt, a validation loss under 1.75 nats a byte and, on FineWeb-Edu, about 3
 """
 
 import argparse
+import fcntl
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import struct
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -40,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 # Presets are defaults of flags. Learning rates are GPT-3's for models of these sizes (table 2.1 of
 # "Language Models are Few-Shot Learners", 2020), as are the batch of half a million tokens and the
 # 375M tokens of warmup; 19,073 steps are one pass over 10B tokens.
-GPT2 = dict(data_dir="edu_fineweb10B", block_size=1024, total_batch_size=524288, micro_batch_size=16)
+GPT2 = dict(data_dir="edu_fineweb10B", block_size=1024, total_batch_size=524288)
 GPT2 |= dict(max_steps=19073, warmup_steps=715, eval_interval=250, val_tokens=10485760, checkpoint_interval=1000)
 GPT2 |= dict(log_interval=1, prompt="Hello, I'm a language model,", max_new_tokens=48)
 PRESETS = {
@@ -48,7 +51,7 @@ PRESETS = {
     "gpt2-medium": GPT2 | dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4),
     "gpt2-large": GPT2 | dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
     "gpt2-xl": GPT2 | dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4),
-    "shakespeare": dict(data_dir="shakespeare", block_size=64, total_batch_size=1024, micro_batch_size=16)
+    "shakespeare": dict(data_dir="shakespeare", block_size=64, total_batch_size=1024)
     | dict(max_steps=1500, warmup_steps=100, eval_interval=250, val_tokens=48000, checkpoint_interval=500)
     | dict(log_interval=10, prompt="\n", max_new_tokens=192)
     | dict(n_layer=4, n_head=4, n_embd=128, learning_rate=3e-3),
@@ -193,27 +196,10 @@ class GPT(nn.Module):
             tensors[f"transformer.{name}"] = tensor.detach().float().cpu().contiguous()
         os.makedirs(directory, exist_ok=True)
         save_file(tensors, f"{directory}/model.safetensors", metadata={"format": "pt"})
-        hugging_face = {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "vocab_size": config.vocab_size,
-            "n_positions": config.block_size,
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_embd": config.n_embd,
-            "n_inner": config.n_inner,
-            "activation_function": config.activation_function,
-            "resid_pdrop": config.dropout,
-            "embd_pdrop": config.dropout,
-            "attn_pdrop": config.dropout,
-            "layer_norm_epsilon": config.layer_norm_epsilon,
-            "initializer_range": 0.02,
-            "bos_token_id": eot_token,
-            "eos_token_id": eot_token,
-            "tie_word_embeddings": True,
-            "dtype": "float32",
-            "tokenizer": config.tokenizer,
-        }
+        hugging_face = {k: v for k, v in asdict(config).items() if k not in ("block_size", "dropout")}
+        hugging_face |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32"}
+        hugging_face |= {"n_positions": config.block_size, "bos_token_id": eot_token, "eos_token_id": eot_token}
+        hugging_face |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
         with open(f"{directory}/config.json", "w", encoding="utf-8") as file:
             json.dump(hugging_face, file, indent=2)
 
@@ -312,11 +298,15 @@ def read_meta(data_dir):
     try:
         with open(f"{data_dir}/meta.json", encoding="utf-8") as file:
             meta = json.load(file)
-        sizes = {shard["file"]: shard["tokens"] for shard in meta["shards"]}
-        return {"tokenizer": meta["tokenizer"], "vocab_size": meta["vocab_size"], "sizes": sizes}
+        sizes = {shard["file"]: int(shard["tokens"]) for shard in meta["shards"]}
+        checksums = [shard["sha256"] for shard in meta["shards"]]
+        if meta["tokenizer"] not in ("gpt2", "bytes"):
+            raise ValueError(f"unknown tokenizer {meta['tokenizer']!r}")
+        vocab_size = {"gpt2": 50257, "bytes": 257}[meta["tokenizer"]]
+        return {"tokenizer": meta["tokenizer"], "vocab_size": vocab_size, "sizes": sizes, "checksums": checksums}
     except FileNotFoundError:
-        return {"tokenizer": "gpt2", "vocab_size": 50257, "sizes": {}}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {"tokenizer": "gpt2", "vocab_size": 50257, "sizes": {}, "checksums": []}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{data_dir}/meta.json cannot be read ({error!r}): make the shards again") from None
 
 
@@ -345,11 +335,12 @@ class Windows:
             promised = meta["sizes"].get(name, "nothing") if meta["sizes"] else count
             if count != promised:
                 raise ValueError(f"{data_dir}/{name} has {count} tokens, meta.json says {promised}: make it again")
+        self.identity = (split, names, counts.tolist())  # what a resumed run must find again
         self.per_shard = np.maximum(counts - 1, 0) // block_size  # windows in each shard
         self.total = int(self.per_shard.sum())  # windows in an epoch
         if not self.total:
             raise ValueError(f"{data_dir}: no {split} shard is longer than --block_size {block_size}: shorten it")
-        probed = self.paths[:: -(-len(self.paths) // 64)]  # up to 64 shards, 64M tokens: start-up stays short
+        probed = self.paths[:: -(-len(self.paths) // 1024)]  # 64M tokens of 1,024 shards: start-up stays short
         for path in probed:
             largest = int(open_shard(path)[: 2**26 // len(probed)].max(initial=0))
             if largest >= self.vocab_size:
@@ -447,11 +438,11 @@ def make_optimizer(model, learning_rate, weight_decay, device):
 
 
 def matmul_peak(device, dtype):
-    """FLOP/s of a large square matrix product, the best of five: what the device can really do."""
+    """FLOP/s of a large square matrix product, the best of half a second: what the device can really do."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    seconds = math.inf
-    for _ in range(5):
+    seconds, begin = math.inf, time.perf_counter()
+    while time.perf_counter() < begin + 0.5:
         start = time.perf_counter()
         (a @ a)[0, 0].item()  # waits for the result
         seconds = min(seconds, time.perf_counter() - start)
@@ -460,66 +451,115 @@ def matmul_peak(device, dtype):
 
 # ----------------------------------------------------------------------------------- checkpoints
 RESULT_FLAGS = (  # what a resumed run must share with its beginning: they decide what the model becomes
-    *("data_dir", "shuffle", "seed", "n_layer", "n_head", "n_embd", "n_inner", "block_size", "activation_function"),
+    *("data", "shuffle", "seed", "n_layer", "n_head", "n_embd", "n_inner", "block_size", "activation_function"),
     *("dropout", "total_batch_size", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "grad_clip"),
 )
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # what Python, torch.save and save_file raise on a full disk
 
 
-def save_checkpoint(log_dir, step, model, optimizer, scaler, args):
-    """Write log_dir/step_NNNNNN, whole or not at all, and drop the oldest beyond args.keep_checkpoints.
-
-    model.safetensors and config.json are a Hugging Face model; trainer.pt holds what only training needs.
-    """
-    final, temporary = f"{log_dir}/step_{step:06d}", f"{log_dir}/tmp_step_{step:06d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    trainer = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "args": vars(args)}
-    torch.save(trainer, f"{temporary}/trainer.pt")
-    for path in [*(entry.path for entry in os.scandir(temporary)), temporary]:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    for old in list_checkpoints(log_dir)[: -args.keep_checkpoints or None] if args.keep_checkpoints else []:
-        shutil.rmtree(old)
+# --- copied block: sha256_of ---
+def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_checkpoint(path, config, args):
-    """The (step, model, content of trainer.pt) of a checkpoint of a run with the same flags."""
-    try:
-        model = GPT.from_pretrained(path)
-        trainer = torch.load(f"{path}/trainer.pt", map_location="cpu", weights_only=True)
-        was = {name: trainer["args"][name] for name in RESULT_FLAGS}
-    except Exception as error:  # a damaged file fails in many ways
-        fail(f"cannot resume from {path} ({str(error).splitlines()[0]}): delete it to take the one before")
-    for name, value in was.items():
-        if value != getattr(args, name):
-            fail(f"--{name} is {getattr(args, name)}, the run in {path} has {value}: use that, or another --log_dir")
-    if (model.config.vocab_size, model.config.tokenizer) != (config.vocab_size, config.tokenizer):
-        fail(f"--data_dir has {config.tokenizer} tokens, the run in {path} {model.config.tokenizer} tokens")
-    model.config = config
-    return trainer["step"], model, trainer
-
-
+# --- end of copied block: sha256_of ---
 def list_checkpoints(log_dir):
-    """The directories of the complete checkpoints in log_dir, oldest first."""
+    """The directories of the checkpoints in log_dir, oldest first."""
     names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
     names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
     return [f"{log_dir}/{name}" for name in sorted(names, key=lambda name: int(name[5:]))]
 
 
+def save_checkpoint(log_dir, step, model, optimizer, scaler, args):
+    """Write log_dir/step_NNNNNN, whole or not at all, and drop the oldest beyond args.keep_checkpoints.
+
+    model.safetensors and config.json are a Hugging Face model, trainer.pt holds what only training needs, and
+    sha256.json tells whether the three are still what was written. Raises one of DISK_ERRORS.
+    """
+    final, temporary = f"{log_dir}/step_{step:06d}", f"{log_dir}/tmp_step_{step:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        trainer = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "args": vars(args)}
+        torch.save(trainer, f"{temporary}/trainer.pt")
+        checksums = {name: sha256_of(f"{temporary}/{name}") for name in sorted(os.listdir(temporary))}
+        with open(f"{temporary}/sha256.json", "w", encoding="utf-8") as file:
+            json.dump(checksums, file, indent=1)
+        for path in (*(f"{temporary}/{name}" for name in os.listdir(temporary)), temporary):
+            fsync(path)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one that the run has passed again
+        os.replace(temporary, final)
+        fsync(log_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in list_checkpoints(log_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else []:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync(path):
+    """Wait until a file or directory is on the disk, not just in the system's memory."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def load_checkpoint(path, args, config):
+    """The (model, content of trainer.pt) of a checkpoint; raises ValueError, in one line, if it is damaged.
+
+    Exits if the checkpoint is of a run with other flags, other data or another tokenizer.
+    """
+    try:
+        with open(f"{path}/sha256.json", encoding="utf-8") as file:
+            checksums = json.load(file)
+        for name in ("config.json", "model.safetensors", "trainer.pt"):
+            if sha256_of(f"{path}/{name}") != checksums[name]:
+                raise ValueError(f"{name} is not as it was written")
+        trainer = torch.load(f"{path}/trainer.pt", map_location="cpu", weights_only=True)
+        was = {name: trainer["args"][name] for name in RESULT_FLAGS}
+        model = GPT.from_pretrained(path)
+    except Exception as error:  # damaged files fail in many ways
+        raise ValueError(f"{path} is damaged ({error!r})") from None
+    for name, value in was.items():
+        if value != getattr(args, name):
+            seen, what = getattr(args, name), "the data in --data_dir" if name == "data" else f"--{name}"
+            fail(f"{what} is {seen}, the run in {path} has {value}: use that, or another --log_dir")
+    model.config = config
+    return model, trainer
+
+
+def lock_run(log_dir):
+    """The open file that marks log_dir as in use until this process ends, however it ends; exits if it is already."""
+    try:
+        os.makedirs(log_dir, exist_ok=True)
+        lock = open(f"{log_dir}/lock", "a", encoding="utf-8")  # noqa: SIM115, held open
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        fail(f"--log_dir {log_dir} is in use by another run: wait for its end, or name another directory")
+    except OSError as error:
+        fail(f"cannot write to --log_dir {log_dir} ({error.strerror}): name another directory")
+
+
 def rewind_log(path, step):
     """Drop the lines of log.txt from step on, and a last one cut in the middle; training writes them again."""
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            kept = [line for line in file if line.endswith("\n") and int(line.split()[0]) < step]
+        with open(path, encoding="utf-8", errors="replace") as file:
+            kept = [line for line in file if re.fullmatch(r"\d+ \S+ \S+\n", line) and int(line.split()[0]) < step]
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(f"{path}.tmp", path)
 
 
 # --------------------------------------------------------------------------------- command line
+def warn(message):
+    """Say in one line on stderr what went wrong where the run goes on."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def fail(message, only_here=False):
     """Report a user's mistake in one line on stderr and exit with status 2.
 
@@ -562,7 +602,7 @@ def parse_args():
     add("--dropout", type=float, default=0.0, help="share of activations zeroed in training (0.0)")
     add = parser.add_argument_group("optimization").add_argument
     add("--total_batch_size", type=int, help="tokens a step, over all processes")
-    add("--micro_batch_size", type=int, help="sequences in memory at a time, a process: lower it if memory runs out")
+    add("--micro_batch_size", type=int, help="sequences in memory at a time, a process (on a GPU: what fits)")
     add("--max_steps", type=int, help="training steps")
     add("--learning_rate", type=float, help="its peak; cosine to a tenth of it at max_steps")
     add("--warmup_steps", type=int, help="steps of linear warmup")
@@ -578,7 +618,14 @@ def parse_args():
     add("--log_interval", type=int, help="steps between lines on the screen")
     add("--checkpoint_interval", type=int, help="steps between checkpoints")
     add("--keep_checkpoints", type=int, default=3, help="newest checkpoints that stay (3; 0: all)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in log_dir, if there is one")
+    add(
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="DIR",
+        help="go on from the checkpoint DIR (from log_dir's newest)",
+    )
+    add("--max_hours", type=float, default=math.inf, help="hours after which to save and stop (no limit)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (auto)")
     add("--dtype", choices=list(DTYPES), help="of matmuls (the best that the device has; float32 on a CPU)")
     add("--compile", action=switch, help="torch.compile the model (on GPUs)")
@@ -597,8 +644,44 @@ def parse_args():
     return args
 
 
+def catch_signals():
+    """A list to which SIGTERM, SIGINT and SIGUSR1 are added as they come; a second SIGINT ends the process at once."""
+    caught = []
+
+    def handler(number, frame):
+        if number == signal.SIGINT and caught and time.monotonic() > caught[0][1] + 1:  # torchrun repeats the first
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        caught.append((signal.Signals(number).name, time.monotonic()))
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, handler)
+    return caught
+
+
+def largest_micro_batch(model, limit, device, autocast):
+    """The largest power of two of sequences, at most limit, whose step leaves a tenth of a GPU's memory free."""
+    states = 8 * sum(p.numel() for p in model.parameters())  # bytes that AdamW will want for its two averages
+    size = fits = 1
+    while size <= limit:
+        idx = torch.randint(model.config.vocab_size, (size, model.config.block_size), device=device)
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            with autocast:
+                loss = model(idx, idx)[1]
+            loss.backward()
+        except torch.OutOfMemoryError:
+            break
+        if torch.cuda.max_memory_allocated(device) + states > 0.9 * torch.cuda.mem_get_info(device)[1]:
+            break
+        size, fits = 2 * size, size
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return fits
+
+
 def main():
-    args = parse_args()
+    args, started = parse_args(), time.monotonic()
 
     # One process a device; torchrun tells each which it is.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -606,14 +689,13 @@ def main():
     if world_size > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    micro_tokens = args.micro_batch_size * args.block_size * world_size
+    if args.micro_batch_size is None and device.type != "cuda":
+        args.micro_batch_size = 16 if args.preset == "shakespeare" else 4
+    micro_tokens = (args.micro_batch_size or 1) * args.block_size * world_size
     if args.total_batch_size % micro_tokens:
-        fail(
-            f"--total_batch_size {args.total_batch_size} is not divisible by {micro_tokens} = --micro_batch_size "
-            f"{args.micro_batch_size} * --block_size {args.block_size} * {world_size} processes: change one of them"
-        )
-    grad_accum_steps = args.total_batch_size // micro_tokens
-    windows_per_step = args.total_batch_size // args.block_size
+        sizes = f"--micro_batch_size {args.micro_batch_size or 1} * --block_size {args.block_size}"
+        whole = f"{micro_tokens} = {sizes} * {world_size} processes"
+        fail(f"--total_batch_size {args.total_batch_size} is not divisible by {whole}: change one of them")
     try:
         if not os.path.isdir(args.data_dir):
             make = "python prepare_shakespeare.py (seconds) or python fineweb.py (hours)"
@@ -625,10 +707,7 @@ def main():
         )
     except (OSError, ValueError) as error:
         fail(error)
-
-    checkpoints = list_checkpoints(args.log_dir)
-    if not args.resume and (checkpoints or os.path.exists(f"{args.log_dir}/log.txt")):
-        fail(f"--log_dir {args.log_dir} holds a run: --resume it, name another directory, or delete it")
+    args.data = hashlib.sha256(repr((meta, train_windows.identity, val_windows.identity)).encode()).hexdigest()[:16]
 
     # Numbers: 16 bits in matmuls where the device is fast at them, float32 everywhere else.
     if args.dtype is None:
@@ -641,69 +720,102 @@ def main():
     if args.compile is None:
         args.compile = device.type == "cuda"
 
-    # The model, and what wraps it; all of them share the same weights.
+    # A new run, or one that goes on from the newest checkpoint that is as it was written.
+    resume_dir = None if args.resume in (None, "newest") else os.path.realpath(args.resume)
+    holds_run = list_checkpoints(args.log_dir) or os.path.exists(f"{args.log_dir}/log.txt")
+    if holds_run and (not args.resume or resume_dir and os.path.dirname(resume_dir) != os.path.realpath(args.log_dir)):
+        fail(f"--log_dir {args.log_dir} holds a run: --resume it, name another directory, or delete it")
+    lock = lock_run(args.log_dir) if rank == 0 else None
     torch.manual_seed(args.seed)
-    names = ("block_size", "n_layer", "n_head", "n_embd", "n_inner", "activation_function", "dropout")
-    shape = {name: getattr(args, name) for name in names}
+    shape = {name: getattr(args, name) for name in GPTConfig.__annotations__ if hasattr(args, name)}
     config = GPTConfig(vocab_size=meta["vocab_size"], tokenizer=meta["tokenizer"], **shape)
-    start_step, raw_model, trainer = 0, GPT(config), None
-    if args.resume and checkpoints:
-        start_step, raw_model, trainer = load_checkpoint(checkpoints[-1], config, args)
+    raw_model, trainer = GPT(config), None
+    candidates = [resume_dir] if resume_dir else list_checkpoints(args.log_dir)[::-1] if args.resume else []
+    for path in candidates:
+        try:
+            raw_model, trainer = load_checkpoint(path, args, config)
+            break
+        except ValueError as error:
+            if rank == 0:
+                warn(f"{error}: taking the one before")
+    if candidates and not trainer:
+        fail(f"no intact checkpoint to --resume from in {resume_dir or args.log_dir}: start again in another --log_dir")
+    start_step = trainer["step"] if trainer else 0
     raw_model.to(device)
     optimizer = make_optimizer(raw_model, args.learning_rate, args.weight_decay, device)
     if trainer:
         optimizer.load_state_dict(trainer["optimizer"])
         scaler.load_state_dict(trainer["scaler"])
-    model = torch.compile(raw_model) if args.compile else raw_model  # evaluation and sampling use raw_model
+
+    # What wraps the model shares its weights; evaluation and sampling use raw_model.
+    windows_per_rank = args.total_batch_size // args.block_size // world_size
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.micro_batch_size is None:
+        limit = math.gcd(windows_per_rank, 64)  # a power of two; beyond it GPUs gain no speed
+        fits = torch.tensor(largest_micro_batch(raw_model, limit, device, autocast), device=device)
+        if world_size > 1:
+            dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+        args.micro_batch_size = fits.item()
+    grad_accum_steps = windows_per_rank // args.micro_batch_size
+    model = torch.compile(raw_model) if args.compile else raw_model
+    if world_size > 1:
         model = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     # What is about to run, everything resolved.
-    log_file = None
-    if rank == 0:
-        os.makedirs(args.log_dir, exist_ok=True)
-        for directory in os.listdir(args.log_dir):
-            if directory.startswith("tmp_step_"):  # a checkpoint that a crash left half-written
-                shutil.rmtree(f"{args.log_dir}/{directory}")
-        rewind_log(f"{args.log_dir}/log.txt", start_step)
-        log_file = open(f"{args.log_dir}/log.txt", "a", encoding="utf-8")  # noqa: SIM115, open until the end
-        print(" ".join(f"--{name} {value}" for name, value in vars(args).items()))
-        print(f"torch {torch.__version__}, {world_size} x {device}, {torch.get_num_threads()} CPU threads each")
-        print(
-            f"train: {train_windows.total:,} windows in {len(train_windows.paths)} shards, val: {val_windows.total:,}"
-        )
-        print(
-            f"{raw_model.num_params:,} parameters, {args.total_batch_size:,} tokens a step = {grad_accum_steps} x "
-            f"{world_size} x {args.micro_batch_size} x {args.block_size}"
-        )
     flops_per_token = 6 * raw_model.num_params + 12 * args.n_layer * args.n_embd * args.block_size
     peak = matmul_peak(device, dtype)
-    enc = None
+    enc, why = None, ""
     try:
         enc = get_tokenizer(meta["tokenizer"])
     except requests.RequestException:
-        if rank == 0:
-            print(
-                "no samples: GPT-2's vocabulary cannot be fetched; TIKTOKEN_CACHE_DIR can name a folder that holds it"
-            )
+        why = "no samples: GPT-2's vocabulary cannot be fetched; TIKTOKEN_CACHE_DIR can name a folder that holds it\n"
+    log_file = None
     if rank == 0:
-        print(f"matmul peak {peak / 1e12:.3g} TFLOP/s in {args.dtype}, measured: mfu is the share of it", flush=True)
+        for name in os.listdir(args.log_dir):
+            if name.startswith("tmp_step_"):  # a checkpoint that a crash left half-written
+                shutil.rmtree(f"{args.log_dir}/{name}")
+        rewind_log(f"{args.log_dir}/log.txt", start_step)
+        log_file = open(f"{args.log_dir}/log.txt", "a", encoding="utf-8")  # noqa: SIM115, open until the end
+        print(
+            " ".join(f"--{name} {value}" for name, value in vars(args).items()),
+            f"torch {torch.__version__}, {world_size} x {device}, {torch.get_num_threads()} CPU threads each",
+            f"train: {train_windows.total:,} windows in {len(train_windows.paths)} shards, val: {val_windows.total:,}",
+            f"{raw_model.num_params:,} parameters, {args.total_batch_size:,} tokens a step = {grad_accum_steps} x "
+            f"{world_size} x {args.micro_batch_size} x {args.block_size}",
+            f"{why}matmul peak {peak / 1e12:.3g} TFLOP/s in {args.dtype}, measured: mfu is the share of it",
+            sep="\n",
+            flush=True,
+        )
+        if trainer:
+            print(f"resuming at step {start_step}", flush=True)
 
-    def log(step, kind, value):
-        if log_file:
-            log_file.write(f"{step} {kind} {value}\n")
-            log_file.flush()
+    def log(step, **values):
+        try:
+            if log_file:
+                log_file.writelines(f"{step} {kind} {value}\n" for kind, value in values.items())
+                log_file.flush()
+        except OSError as error:  # what was not written stays in the buffer for the next time
+            warn(f"{args.log_dir}/log.txt cannot be written ({error.strerror}); the run goes on")
 
+    caught = catch_signals()
+    stopping, saved_step, skipped_steps = False, start_step, 0
     for step in range(start_step, args.max_steps + 1):
         last_step = step == args.max_steps
-        if rank == 0 and step > start_step and (last_step or step % args.checkpoint_interval == 0):
-            save_checkpoint(args.log_dir, step, raw_model, optimizer, scaler, args)
+        due = last_step or stopping or step % args.checkpoint_interval == 0
+        if rank == 0 and step > saved_step and due:
+            try:
+                save_checkpoint(args.log_dir, step, raw_model, optimizer, scaler, args)
+                saved_step = step
+            except DISK_ERRORS as error:
+                warn(f"no checkpoint at step {step} ({str(error).splitlines()[0]}); the run goes on")
+        if stopping:
+            break
 
         if last_step or step % args.eval_interval == 0:
             val_args = (args.val_tokens, args.micro_batch_size, rank, world_size, device, autocast)
             val_loss = evaluate(raw_model, val_windows, *val_args)
-            log(step, "val", f"{val_loss:.4f}")
+            log(step, val=f"{val_loss:.4f}")
             if rank == 0:
                 print(f"step {step:5d} | val loss: {val_loss:.4f}", flush=True)
                 sample_args = (enc, args.prompt, args.max_new_tokens, device, autocast)
@@ -719,10 +831,11 @@ def main():
         lr = get_lr(step, args.learning_rate, args.warmup_steps, args.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = torch.zeros((), device=device)
+        loss, indices = torch.zeros((), device=device), []
         for micro_step in range(grad_accum_steps):
-            first = step * windows_per_step + (micro_step * world_size + rank) * args.micro_batch_size
-            x, y = to_device(train_windows.batch(range(first, first + args.micro_batch_size)), device)
+            first = ((step * grad_accum_steps + micro_step) * world_size + rank) * args.micro_batch_size
+            indices += range(first, first + args.micro_batch_size)
+            x, y = to_device(train_windows.batch(indices[-args.micro_batch_size :]), device)
             last_micro_step = micro_step == grad_accum_steps - 1
             # DDP adds up the ranks' gradients in the last backward alone; the flag covers the forward pass too.
             with model.no_sync() if world_size > 1 and not last_micro_step else nullcontext():
@@ -732,29 +845,42 @@ def main():
             loss += micro_loss.detach()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
+        stop = bool(caught) or time.monotonic() - started > 3600 * args.max_hours
+        totals = torch.stack((loss / world_size, torch.tensor(float(stop), device=device)))
+        if world_size > 1:
+            dist.all_reduce(totals)  # all ranks agree on the loss, and on stopping
+        (mean_loss, stopping), norm = totals.tolist(), norm.item()  # waits for the device
+        if not math.isfinite(mean_loss + norm):
+            if not scaler.is_enabled():
+                if rank == 0 or not math.isfinite(loss.item()):
+                    places = [(train_windows.paths[shard], at) for shard, at in map(train_windows.locate, indices)]
+                    warn(f"step {step}, rank {rank}: loss {loss.item()}, norm {norm} on (shard, offset) {places}")
+                sys.exit(1)  # before the weights change: the newest checkpoint is good
+            skipped_steps += 1  # float16 overflowed: the scaler skips this step and scales less
+            log(step, skipped=skipped_steps)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if world_size > 1:
-            dist.all_reduce(loss)
-        loss, norm = loss.item() / world_size, norm.item()  # waits for the device
         dt = time.perf_counter() - start
         tokens_per_second = args.total_batch_size / dt
-        log(step, "train", f"{loss:.6f}")
-        log(step, "lr", f"{lr:.4e}")
-        log(step, "norm", f"{norm:.4f}")
-        log(step, "tok/s", f"{tokens_per_second:.1f}")
+        log(step, train=f"{mean_loss:.6f}", lr=f"{lr:.4e}", norm=f"{norm:.4f}", **{"tok/s": f"{tokens_per_second:.1f}"})
         if rank == 0 and step % args.log_interval == 0:
             mfu = 100 * flops_per_token * tokens_per_second / world_size / peak
             print(
-                f"step {step:5d} | loss: {loss:.3f} | lr {lr:.1e} | norm: {norm:.3g} | dt: {1000 * dt:.1f}ms | "
+                f"step {step:5d} | loss: {mean_loss:.3f} | lr {lr:.1e} | norm: {norm:.3g} | dt: {1000 * dt:.1f}ms | "
                 f"tok/s: {tokens_per_second:.1f} | mfu: {mfu:.1f}%",
                 flush=True,
             )
 
+    if rank == 0 and stopping:
+        print(f"stopped by {caught[0][0] if caught else 'the clock'} at step {step}: --resume goes on", flush=True)
     if world_size > 1:
         del model  # DDP holds the process group: freed by anything but the next line, gloo can deadlock at exit
         dist.destroy_process_group()
+    if rank == 0 and saved_step < step:
+        warn(f"the last state, of step {step}, could not be saved")
+        sys.exit(1)
+    del lock  # held until here
 
 
 if __name__ == "__main__":
