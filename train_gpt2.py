@@ -302,7 +302,7 @@ def read_meta(data_dir):
         checksums = [shard["sha256"] for shard in meta["shards"]]
         if meta["tokenizer"] not in ("gpt2", "bytes"):
             raise ValueError(f"unknown tokenizer {meta['tokenizer']!r}")
-        vocab_size = {"gpt2": 50257, "bytes": 257}[meta["tokenizer"]]
+        vocab_size = int(meta["vocab_size"])
         return {"tokenizer": meta["tokenizer"], "vocab_size": vocab_size, "sizes": sizes, "checksums": checksums}
     except FileNotFoundError:
         return {"tokenizer": "gpt2", "vocab_size": 50257, "sizes": {}, "checksums": []}
@@ -707,7 +707,8 @@ def main():
         )
     except (OSError, ValueError) as error:
         fail(error)
-    args.data = hashlib.sha256(repr((meta, train_windows.identity, val_windows.identity)).encode()).hexdigest()[:16]
+    identity = hashlib.sha256(repr((meta, train_windows.identity, val_windows.identity)).encode()).hexdigest()
+    args.data = f"{meta['tokenizer']}-{identity[:12]}"  # changes with the tokens or their order
 
     # Numbers: 16 bits in matmuls where the device is fast at them, float32 everywhere else.
     if args.dtype is None:
@@ -731,15 +732,16 @@ def main():
     config = GPTConfig(vocab_size=meta["vocab_size"], tokenizer=meta["tokenizer"], **shape)
     raw_model, trainer = GPT(config), None
     candidates = [resume_dir] if resume_dir else list_checkpoints(args.log_dir)[::-1] if args.resume else []
-    for path in candidates:
+    damaged = []
+    while candidates and not trainer:
         try:
-            raw_model, trainer = load_checkpoint(path, args, config)
-            break
+            raw_model, trainer = load_checkpoint(candidates.pop(0), args, config)
         except ValueError as error:
-            if rank == 0:
-                warn(f"{error}: taking the one before")
-    if candidates and not trainer:
-        fail(f"no intact checkpoint to --resume from in {resume_dir or args.log_dir}: start again in another --log_dir")
+            damaged.append(str(error))
+    if damaged and not trainer:
+        fail(f"{damaged[0]}, and there is none before it: delete it, or name another --log_dir, to start again")
+    if damaged and rank == 0:
+        warn(f"{'; '.join(damaged)}: resuming from the one before")
     start_step = trainer["step"] if trainer else 0
     raw_model.to(device)
     optimizer = make_optimizer(raw_model, args.learning_rate, args.weight_decay, device)

@@ -1,5 +1,6 @@
 """Training runs of train_gpt2.py: what they log, save, resume and share with more processes."""
 
+import hashlib
 import json
 import math
 import os
@@ -231,7 +232,12 @@ def test_run_without_the_vocabulary_trains_without_samples(tmp_path):
 # ---------------------------------------------------------------------------------- checkpoints
 def test_checkpoint_opens_in_transformers_with_the_same_logits(one_run):
     path = one_run[1] / "step_000005"
-    assert sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors", "trainer.pt"]
+    assert sorted(file.name for file in path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "sha256.json",
+        "trainer.pt",
+    ]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
     ours = load("train_gpt2").GPT.from_pretrained(path).eval()
     idx = torch.randint(257, (2, 16))
@@ -308,7 +314,13 @@ def test_resume_cleans_up_what_a_crash_left(byte_shards, tmp_path):
     assert shown(log_dir) == shown(tmp_path / "whole")
     kept = [line for line in before if int(line.split()[0]) < 3]
     assert (log_dir / "log.txt").read_text().splitlines()[: len(kept)] == kept
-    assert sorted(path.name for path in log_dir.iterdir()) == ["log.txt", "notes.md", "step_000003", "step_000005"]
+    assert sorted(path.name for path in log_dir.iterdir()) == [
+        "lock",
+        "log.txt",
+        "notes.md",
+        "step_000003",
+        "step_000005",
+    ]
 
 
 def test_resume_of_a_finished_run_changes_nothing(byte_shards, tmp_path):
@@ -332,6 +344,9 @@ def test_pickled_code_in_a_checkpoint_is_refused_and_not_run(byte_shards, tmp_pa
     train(byte_shards, tmp_path / "log")
     trainer = tmp_path / "log" / "step_000005" / "trainer.pt"
     torch.save({**torch.load(trainer, weights_only=True), "extra": Code()}, trainer)
+    checksums = json.loads((trainer.parent / "sha256.json").read_text())
+    checksums["trainer.pt"] = hashlib.sha256(trainer.read_bytes()).hexdigest()
+    (trainer.parent / "sha256.json").write_text(json.dumps(checksums))
     done = call("train_gpt2", *TINY, "--data_dir", byte_shards, "--log_dir", tmp_path / "log", "--resume")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "step_000005" in done.stderr
