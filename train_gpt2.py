@@ -9,8 +9,8 @@ Lesson 3: pre-train GPT-2 (124M to 1.6B parameters) on one CPU, one GPU or many.
 Reads the token shards of --data_dir. Writes --log_dir: log.txt (a "step kind value" line for every
 figure) and step_NNNNNN/, checkpoints that transformers' AutoModelForCausalLM opens as they are. What a
 step learns from depends on the seed and the step alone, not on the number of processes.
-Expect a loss of ln(vocab_size) at step 0 (10.82 for GPT-2's tokens, 5.55 for bytes), then, on
-input.txt, a validation loss under 1.75 nats a byte and, on FineWeb-Edu, about 3.29 after 19,073 steps.
+Expect a loss of about ln(vocab_size) + n_embd * 0.02^2 / 2 at step 0 (10.98 for GPT-2 124M, 5.58 for
+--preset shakespeare, which ends at 1.67 nats a byte), and about 3.29 on FineWeb-Edu after 19,073 steps.
 """
 
 import argparse
