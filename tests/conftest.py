@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,7 @@ def call(script, *args):
     """
     module = load(script) if isinstance(script, str) else script
     out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     sys.argv = [f"{module.__name__}.py", *map(str, args)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -63,6 +65,8 @@ def call(script, *args):
         code = stop.code or 0
     finally:
         sys.argv = argv
+        for number, handler in handlers.items():  # so that Ctrl-C still ends the tests
+            signal.signal(number, handler)
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 

@@ -166,7 +166,7 @@ def test_load_of_what_is_no_model(content, tmp_path):
     elif content == "other tensors":
         torch.save({"weight": torch.zeros(3)}, path)
     elif content == "code":
-        path.write_bytes(pickle.dumps(print))
+        path.write_bytes(pickle.dumps(print, protocol=2))
     check(call("gpt", "--load", path, "--device", "cpu"), "--load", path, "--save")
 
 

@@ -296,7 +296,8 @@ def test_top_k_of_one_is_greedy():
 def test_generate_stops_at_the_first_stop_in_the_new_text():
     model, idx = randomize(make_gpt(), std=0.2), torch.tensor([[5, 7]])
     full = model.generate(idx, 200, torch.Generator().manual_seed(1))[0].tolist()
-    for stop in ([5, 7], full[30:32], [full[2]], full[-3:]):  # [5, 7] is the prompt itself: it does not count
+    # The prompt [5, 7] does not count, nor what begins in it.
+    for stop in ([5, 7], full[1:3], full[30:32], [full[2]], full[-3:]):
         out = model.generate(idx, 200, torch.Generator().manual_seed(1), stop=stop)[0].tolist()
         places = [i for i in range(2, len(full) - len(stop) + 1) if full[i : i + len(stop)] == stop]
         assert out == (full[: places[0] + len(stop)] if places else full)

@@ -4,12 +4,14 @@ import errno
 import hashlib
 import http.server
 import json
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import tiktoken
-from conftest import call, load, run
+from conftest import ROOT, call, load, run
 
 prepare = load("prepare_shakespeare")
 TRICKY = "Grüße, 世界 🙂!\r\n\x00\ttabs\n\n<|endoftext|> " + "a" * 2500 + "\n" * 1200 + "end"
@@ -184,6 +186,22 @@ def test_run_after_a_killed_one_is_clean(tmp_path, text_file):
     assert call("prepare_shakespeare", "--input", text_file, "--out_dir", tmp_path / "out").returncode == 0
     names = sorted(path.name for path in tmp_path.rglob("*"))
     assert names == ["meta.json", "out", "out_train_000000.npy", "out_val_000000.npy"]
+
+
+def test_shards_appear_in_one_rename(tmp_path, text_file):
+    """Whenever the run is killed: under its final name nothing is ever opened for writing."""
+    code = f"""
+import os, runpy, sys
+def watch(event, args):
+    if event == "open" and str(args[0]).startswith("out" + os.sep) and args[2] & (os.O_WRONLY | os.O_RDWR):
+        print("writes", args[0])
+sys.addaudithook(watch)
+runpy.run_path({str(ROOT / "prepare_shakespeare.py")!r}, run_name="__main__")"""
+    line = [sys.executable, "-c", code, "--input", text_file, "--out_dir", "out"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "writes" not in done.stdout
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 def test_nested_out_dir_with_a_slash_at_its_end(tmp_path, text_file):
