@@ -142,7 +142,6 @@ def find_files(args):
 
 def download(repo_id, commit, folder, tries, name, size):
     """Fetch a parquet file of the hub to folder, whole, and return its path. Runs in a worker process."""
-    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_VERBOSITY="critical")
     from huggingface_hub import hf_hub_download
 
     def fetch():
@@ -346,7 +345,7 @@ def verify(directory):
         text = enc.decode([i for i in ids if i < about["vocab_size"]])
         print(f"{split}: {shards:,} shards, {number:,} tokens, {documents:,} documents, beginning {text!r}")
     top = [int(i) for i in np.argsort(-frequency)[:10] if i < about["vocab_size"]]
-    print("most frequent:", ", ".join(f"{enc.decode([i])!r} {frequency[i] / frequency.sum():.1%}" for i in top))
+    print("most frequent:", ", ".join(f"{enc.decode([i])!r} {frequency[i] / max(frequency.sum(), 1):.1%}" for i in top))
     if wrong:
         fail(f"{len(wrong)} faults in {directory}: {'; '.join(wrong[:5])}")
 
@@ -426,7 +425,7 @@ def run(args):
     if not state["done"]:
         fill(args, shards, paths, limit)
     _, size, documents, skipped = state["counts"]
-    print(f"{documents:,} documents ({skipped:,} empty ones skipped), {size:,} bytes of text,")
+    print(f"{documents + (state['skip'] > 0):,} documents ({skipped:,} empty ones skipped), {size:,} bytes of text,")
     print(f"{shards.total:,} tokens in {len(state['shards'])} shards, {time.perf_counter() - began:.1f} seconds")
     if args.world_size == 1:
         return finish(directory)
@@ -461,6 +460,7 @@ def main():
     if args.rank >= args.world_size:
         fail(f"--rank {args.rank} must be below --world_size {args.world_size}")
     args.repo_id, args.remote_name = (None, None) if args.source else (args.repo_id, args.remote_name)
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_VERBOSITY="critical")
     try:
         verify(args.verify) if args.verify else finish(args.local_dir) if args.finish else run(args)
     except BrokenProcessPool:
