@@ -34,12 +34,7 @@ import requests
 import tiktoken
 from tqdm import tqdm
 
-SUBSETS = {
-    "sample-10BT": "sample/10BT",
-    "sample-100BT": "sample/100BT",
-    "sample-350BT": "sample/350BT",
-    "default": "data",
-}
+SUBSETS = {"default": "data"} | {f"sample-{size}": f"sample/{size}" for size in ("10BT", "100BT", "350BT")}
 CHUNK = 500_000  # characters of text a task: about 50 ms of work
 NPY_HEADER = 128  # bytes of NumPy's header for a one-dimensional array of any length
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # of llm.c's .bin shards, the header in bytes: 256 int32
@@ -156,9 +151,10 @@ def download(repo_id, commit, folder, tries, name, size):
 
 def downloads(fetch, files, keep):
     """Yield the paths of files, the next one on its way through fetch, and delete each when the caller comes back."""
-    coming = fetch(*files[0]) if files else None
-    for following in [*files[1:], None]:
-        path, coming = coming.result(), following and fetch(*following)
+    coming = [fetch(*file) for file in files[:1]]
+    for i in range(len(files)):
+        path = coming.pop().result()
+        coming = [fetch(*file) for file in files[i + 1 : i + 2]]
         yield path
         if not keep:
             os.remove(path)
@@ -229,24 +225,35 @@ class Shards:
             if os.path.exists(f"{path}.tmp"):  # killed before the last line of save()
                 os.replace(f"{path}.tmp", path)
 
-    def write(self, tokens):
-        """Append tokens to the shard in the making. Ranks take turns with the numbers, number 0 is the val shard."""
-        if not self.file:
-            number = len(self.state["shards"]) * self.state["source"]["world_size"] + self.state["rank"]
-            self.name = f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
-            mode = "r+b" if self.state["partial"] else "w+b"
-            self.file = open(f"{self.directory}/{self.name}.tmp", mode, buffering=0)  # noqa: SIM115
-            self.file.truncate(NPY_HEADER + 2 * self.state["partial"])  # the header itself comes last
-            self.file.seek(0, os.SEEK_END)
-        view = memoryview(tokens).cast("B")
-        while view:
-            view = view[self.file.write(view) :]
-        self.total += len(tokens)
-        self.state["partial"] += len(tokens)
+    def add(self, file, row, rows, tokens, counts, limit):
+        """Write a result of tokenize_files, up to limit tokens in all; save where a shard or a parquet file ends."""
+        state, at = self.state, self.state["skip"]
+        before, size = state["counts"], state["source"]["shard_size"]
+        while at < len(tokens) and self.total < limit:
+            if not self.file:  # ranks take turns with the numbers, number 0 is the val shard
+                number = len(state["shards"]) * state["source"]["world_size"] + state["rank"]
+                self.name = f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
+                mode = "r+b" if state["partial"] else "w+b"
+                self.file = open(f"{self.directory}/{self.name}.tmp", mode, buffering=0)  # noqa: SIM115
+                self.file.truncate(NPY_HEADER + 2 * state["partial"])  # the header itself comes last
+                self.file.seek(0, os.SEEK_END)
+            n = min(size - state["partial"], limit - self.total, len(tokens) - at)
+            view = memoryview(tokens[at : at + n]).cast("B")
+            while view:
+                view = view[self.file.write(view) :]
+            at, self.total, state["partial"] = at + n, self.total + n, state["partial"] + n
+            if state["partial"] == size or self.total == limit:
+                i = int(np.searchsorted(counts[:, 0].cumsum(), at, side="right"))  # the text that is next to write
+                skip = int(at - counts[:i, 0].sum())  # its tokens that are written already
+                self.save(True, file=file, row=row + i, skip=skip, counts=(before + counts[:i].sum(0)).tolist())
+        if self.total < limit:
+            state.update(skip=0, counts=(before + counts.sum(0)).tolist())
+            if row + len(counts) == rows:
+                self.save(file=file + 1, row=0)
 
-    def save(self, finish=False, **state):
+    def save(self, finish=False, **position):
         """Bring all tokens to the disk, with finish as a complete shard, and then the state that goes with them."""
-        self.state.update(state)
+        self.state.update(position)
         tokens = self.state["partial"] if finish else 0
         if tokens:
             self.file.seek(0)
@@ -262,27 +269,6 @@ class Shards:
         if tokens:
             self.file = self.file.close()
             os.replace(f"{self.directory}/{self.name}.tmp", f"{self.directory}/{self.name}")
-
-    def add(self, file, row, rows, tokens, counts, limit):
-        """Write a result of tokenize_files, up to limit tokens in all; save where a shard or a parquet file ends."""
-        state, size, at, before = (
-            self.state,
-            self.state["source"]["shard_size"],
-            self.state["skip"],
-            self.state["counts"],
-        )
-        while at < len(tokens) and self.total < limit:
-            n = min(size - state["partial"], limit - self.total, len(tokens) - at)
-            self.write(tokens[at : at + n])
-            at += n
-            if state["partial"] == size or self.total == limit:
-                i = int(np.searchsorted(counts[:, 0].cumsum(), at, side="right"))  # the text that is next to write
-                skip = int(at - counts[:i, 0].sum())  # its tokens that are written already
-                self.save(True, file=file, row=row + i, skip=skip, counts=(before + counts[:i].sum(0)).tolist())
-        if self.total < limit:
-            state.update(skip=0, counts=(before + counts.sum(0)).tolist())
-            if row + len(counts) == rows:
-                self.save(file=file + 1, row=0)
 
 
 def finish(directory):
@@ -310,26 +296,23 @@ def verify(directory):
     about = known[0] if known else {"tokenizer": "gpt2", "vocab_size": 50257, "eot_token": 50256}
     told = {shard["file"]: (shard["tokens"], shard["sha256"]) for one in known for shard in one["shards"]}
     names = sorted(name for name in os.listdir(directory) if name.endswith((".npy", ".bin")))
-    if not names:
-        fail(f"no shard (.npy or .bin) in {directory}")
     enc, splits, frequency = get_tokenizer(about["tokenizer"]), {}, np.zeros(2**16, np.int64)
-    wrong = [f"{name} is missing" for name in told if name not in names]
+    wrong = [f"{name} is missing" for name in told if name not in names] if names else ["no shard (.npy or .bin)"]
     for name in tqdm(names, disable=None, leave=False):
         with open(f"{directory}/{name}", "rb") as file:
-            digest, length = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
-            file.seek(0)
-            try:
-                if name.endswith(".npy"):
-                    tokens = np.load(file.name, mmap_mode="r", allow_pickle=False)
-                else:
-                    magic, version, number = np.fromfile(file, "<i4", 256)[:3].tolist()
-                    kind = "<u2" if (magic, version) == (LLMC_MAGIC, 1) else "V"
-                    tokens = np.memmap(file.name, kind, "r", LLMC_HEADER, (number,))
-                if tokens.dtype != "<u2" or tokens.ndim != 1 or length != tokens.offset + tokens.nbytes:
-                    raise ValueError(f"{tokens.dtype} {tokens.shape} in {length} bytes is no shard")
-            except (OSError, ValueError) as error:
-                wrong.append(f"{name}: {error}")
-                continue
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            if name.endswith(".npy"):
+                tokens = np.load(file.name, mmap_mode="r", allow_pickle=False)
+            else:
+                magic, version, number = np.fromfile(file.name, "<i4", 256)[:3].tolist()
+                kind = "<u2" if (magic, version) == (LLMC_MAGIC, 1) else "V"
+                tokens = np.memmap(file.name, kind, "r", LLMC_HEADER, (number,))
+            if tokens.dtype != "<u2" or tokens.ndim != 1 or os.path.getsize(file.name) != tokens.offset + tokens.nbytes:
+                raise ValueError("no one-dimensional uint16 array of the size in its header")
+        except (OSError, ValueError) as error:
+            wrong.append(f"{name}: {error}")
+            continue
         count = sum(np.bincount(tokens[i : i + 2**22], minlength=2**16) for i in range(0, len(tokens), 2**22))
         frequency += count
         if count[about["vocab_size"] :].any():
@@ -338,14 +321,12 @@ def verify(directory):
             wrong.append(f"{name} is not as described: {len(tokens)} tokens, SHA-256 {digest}")
         split = splits.setdefault("val" if "val" in name else "train", [0, 0, 0, tokens[:50].tolist()])
         split[:3] = split[0] + 1, split[1] + len(tokens), split[2] + int(count[about["eot_token"]])
-    print(
-        f"{directory}: {about['tokenizer']} tokens, {'SHA-256 compared' if told else 'nothing to compare SHA-256 with'}"
-    )
+    print(f"{directory}: {about['tokenizer']} tokens, {'SHA-256 compared' if told else 'no SHA-256 known'}")
     for split, (shards, number, documents, ids) in splits.items():
         text = enc.decode([i for i in ids if i < about["vocab_size"]])
         print(f"{split}: {shards:,} shards, {number:,} tokens, {documents:,} documents, beginning {text!r}")
     top = [int(i) for i in np.argsort(-frequency)[:10] if i < about["vocab_size"]]
-    print("most frequent:", ", ".join(f"{enc.decode([i])!r} {frequency[i] / max(frequency.sum(), 1):.1%}" for i in top))
+    print("most frequent:", *(f"{enc.decode([i])!r} {frequency[i] / max(frequency.sum(), 1):.1%}" for i in top))
     if wrong:
         fail(f"{len(wrong)} faults in {directory}: {'; '.join(wrong[:5])}")
 
@@ -372,23 +353,34 @@ def open_state(args):
     return mine[0] if mine else about | {"source": source, "shards": []} | new, paths
 
 
-def fill(args, shards, paths, limit):
-    """Read, tokenise and write what is missing up to limit tokens, with a progress bar on a terminal."""
-    state, began, read, folder = shards.state, time.perf_counter(), 0, f"{args.local_dir}/parquet_{args.rank:05d}"
-    files = state["source"]["files"][args.rank :: args.world_size]
-    sizes, processes = [size for _, size in files], args.workers + (not paths)  # one more for the hub
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start_worker)
+def run(args):
+    """Make the shards of one rank, from where the last run stopped, with a progress bar on a terminal."""
+    began, directory, folder = time.perf_counter(), args.local_dir, f"{args.local_dir}/parquet_{args.rank:05d}"
+    state, paths = open_state(args)
+    if "done" not in state:  # it is meta.json
+        return print(f"{directory} already holds these shards")
+    limit = min(args.max_tokens or sys.maxsize, (args.max_shards or sys.maxsize) * args.shard_size)
+    os.makedirs(directory, exist_ok=True)
+    need, free = 2 * (min(args.shard_size, limit) - state["partial"]), shutil.disk_usage(directory).free
+    if need > free:
+        fail(f"a shard takes {need} bytes, {directory} has {free} left: use a smaller --shard_size or make room")
+    shards, mine = Shards(directory, state), slice(args.rank, None, args.world_size)
+    shards.save()
+    files, todo = state["source"]["files"][mine], slice(state["file"], sys.maxsize if shards.total < limit else 0)
+    processes = args.workers + (not paths)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start_worker)  # + 1 to download
     ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes begin with it, too
     for _ in range(processes):
         pool.submit(tokenize, args.tokenizer, [])
     signal.signal(signal.SIGINT, ctrl_c)
-    if paths:
-        paths = paths[args.rank :: args.world_size][state["file"] :]
-    else:
+    if not paths:
         for stale in glob.glob(f"{glob.escape(folder)}/.cache/**/*.incomplete", recursive=True):
             os.remove(stale)  # of a killed run; the library begins a new one
-        fetch = functools.partial(pool.submit, download, args.repo_id, state["source"]["revision"], folder, args.tries)
-        paths = downloads(fetch, files[state["file"] :], args.keep_parquet)
+        how = download, args.repo_id, state["source"]["revision"], folder, args.tries
+    paths = (
+        paths[mine][todo] if paths else downloads(functools.partial(pool.submit, *how), files[todo], args.keep_parquet)
+    )
+    sizes, read = [size for _, size in files], 0
     try:
         with tqdm(initial=shards.total, unit="tok", unit_scale=True, disable=None) as bar:
             for file, row, rows, tokens, counts in tokenize_files(pool, args, paths, state["file"], state["row"]):
@@ -407,23 +399,6 @@ def fill(args, shards, paths, limit):
     shards.save(True, done=True)
     if not args.keep_parquet:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def run(args):
-    """Make the shards of one rank, from where the last run stopped."""
-    began, directory = time.perf_counter(), args.local_dir
-    state, paths = open_state(args)
-    if "done" not in state:  # it is meta.json
-        return print(f"{directory} already holds these shards")
-    limit = min(args.max_tokens or sys.maxsize, (args.max_shards or sys.maxsize) * args.shard_size)
-    os.makedirs(directory, exist_ok=True)
-    need, free = 2 * (min(args.shard_size, limit) - state["partial"]), shutil.disk_usage(directory).free
-    if need > free:
-        fail(f"a shard takes {need} bytes, {directory} has {free} left: use a smaller --shard_size or make room")
-    shards = Shards(directory, state)
-    shards.save()
-    if not state["done"]:
-        fill(args, shards, paths, limit)
     _, size, documents, skipped = state["counts"]
     print(f"{documents + (state['skip'] > 0):,} documents ({skipped:,} empty ones skipped), {size:,} bytes of text,")
     print(f"{shards.total:,} tokens in {len(state['shards'])} shards, {time.perf_counter() - began:.1f} seconds")
@@ -466,7 +441,7 @@ def main():
     except BrokenProcessPool:
         fail("a worker process died, perhaps for lack of memory: the same command continues, with fewer --workers")
     except OSError as error:
-        fail(f"{error}: what is finished stays, the same command continues")
+        fail(f"{error}: what is finished stays and the same command continues, on a full disk after making room")
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         sys.exit(130)

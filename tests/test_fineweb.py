@@ -194,10 +194,10 @@ if __name__ == "__main__":
 
 
 def test_interrupted_between_any_two_steps(data, tmp_path):
-    """Runs that die before their n-th step that changes names or the disk, n from 1 to 10, and one that does not."""
+    """Runs that die before their n-th step that changes names or the disk, n from 1 to 8, and one that does not."""
     script, directory = tmp_path / "die.py", tmp_path / "out"
     script.write_text(DIE.format(root=str(ROOT)))
-    for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1000):
+    for n in (1, 2, 3, 4, 5, 6, 7, 8, 1000):
         settings = command(*data["flags"], "--local_dir", directory, "--workers", 1)
         settings["args"][1:2] = [str(script), str(n)]
         assert subprocess.run(**settings, capture_output=True, timeout=100).returncode == (9 if n < 1000 else 0)
@@ -264,14 +264,14 @@ def test_a_corrupt_file_is_named_and_what_was_finished_stays(data, tmp_path):
     write_parquet(str(good), data["texts"])
     raw = good.read_bytes()
     bad.write_bytes(raw[: len(raw) // 3] + bytes(5000) + raw[len(raw) // 3 + 5000 :])  # a sound footer, not sound pages
-    flags = ["--tokenizer", "bytes", "--source", good, bad, "--local_dir", tmp_path / "out", "--shard_size", 10000]
+    flags = ["--tokenizer", "bytes", "--source", good, bad, "--local_dir", tmp_path / "out", "--shard_size", 15000]
     assert "001.parquet" in run(*flags, code=2)
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npy")}
-    assert len(finished) >= 5
+    assert len(finished) >= 3
     bad.write_bytes(raw)  # the same size, and now right
     run(*flags)
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
-    assert read_shards(tmp_path / "out", 10000) == 2 * reference(data["texts"], plain_bytes, EOT)
+    assert read_shards(tmp_path / "out", 15000) == 2 * reference(data["texts"], plain_bytes, EOT)
     bad.write_bytes(raw[:1000])
     flags[flags.index("--local_dir") + 1] = tmp_path / "out2"
     assert "001.parquet" in run(*flags, code=2)
@@ -425,7 +425,8 @@ def test_hub_with_every_trouble_that_passes(hub, data, tmp_path):
     read_shards(tmp_path / "out", 20011)  # and nothing else is there
     log = list(hub.log)
     assert "already holds" in hub_run(hub, tmp_path / "out")
-    assert hub.log == log  # without asking the hub
+    assert "0 tokens in 0 shards" in hub_run(hub, tmp_path / "more", "--rank", 3, "--world_size", 4)  # no file is left
+    assert [kind for kind, _ in hub.log[len(log) :]] == ["info", "tree"]  # the first of the two asked for nothing
 
 
 def test_hub_that_stays_away_is_one_line_and_the_run_continues(hub, data, tmp_path):
