@@ -82,19 +82,28 @@ def start_worker():
 def tokenize(tokenizer, texts):
     """The tokens (N,) of some texts, and for each text (tokens, bytes, documents, skipped): (len(texts), 4).
 
-    Skipped are texts that are null, empty or beyond the tokenizer, as a million spaces in a row are.
+    Skipped are texts that are null, empty or beyond the tokenizer, as a million spaces in a row are. The texts go
+    through the tokenizer in one call, which is faster; one by one only where one of them spells <|endoftext|> out.
     """
-    enc = cached_tokenizer(tokenizer)
-    parts, counts = [np.empty(0, "<u2")], []
-    for text in texts:
+    enc, eot, kept = cached_tokenizer(tokenizer), "<|endoftext|>", np.array([bool(text) for text in texts], bool)
+    joined = eot.join(["", *filter(None, texts)])
+    try:
+        if joined.count(eot) > kept.sum():
+            raise ValueError("a text spells <|endoftext|>")
+        tokens = enc.encode_to_numpy(joined, allowed_special={eot})
+    except ValueError:
+        if len(texts) > 1:
+            tokens, counts = zip(*(tokenize(tokenizer, [text]) for text in texts), strict=True)
+            return np.concatenate(tokens), np.concatenate(counts)
         try:
-            ids = enc.encode_to_numpy(text or "", disallowed_special=())
+            tokens = np.array([enc.eot_token, *enc.encode_to_numpy(texts[0], disallowed_special=())])
         except ValueError:
-            ids = ()
-        parts += [[enc.eot_token], ids] if len(ids) else []
-        counts.append((1 + len(ids), len(text.encode()), 1, 0) if len(ids) else (0, 0, 0, 1))
-    tokens = np.concatenate(parts, dtype="<u2", casting="unsafe")  # every id is below 65,536
-    return tokens, np.array(counts, np.int64).reshape(-1, 4)
+            tokens, kept = np.empty(0), ~kept
+    counts = np.zeros((len(texts), 4), np.int64)
+    counts[kept, 0] = np.diff(np.flatnonzero(tokens == enc.eot_token), append=len(tokens))
+    counts[kept, 1:3] = [(len(text.encode()), 1) for text, keep in zip(texts, kept, strict=True) if keep] or 0
+    counts[~kept, 3] = 1
+    return tokens.astype("<u2"), counts  # every id is below 65,536
 
 
 # -------------------------------------------------------------------------------------- parquet in

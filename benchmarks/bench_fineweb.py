@@ -74,7 +74,7 @@ def main():
             settings = SimpleNamespace(workers=2, tokenizer="gpt2", text_column="text")
             state = {"shards": [], "rank": 0, "partial": 0, "skip": 0, "counts": [0] * 4}
             directory = tempfile.mkdtemp(dir=folder)
-            shards = fineweb.Shards(directory, state | {"source": {"shard_size": 4_000_000, "world_size": 1}})
+            shards = fineweb.Shards(directory, state | {"source": {"shard_size": 100_000_000, "world_size": 1}})
             began = time.perf_counter()
             for found in fineweb.tokenize_files(pool, settings, [source], 0, 0):
                 shards.add(*found, sys.maxsize)
