@@ -1,0 +1,460 @@
+"""
+Turn FineWeb-Edu, or any parquet data set with a text column, into the token shards that train_gpt2.py reads.
+
+    python fineweb.py                                # sample-10BT of FineWeb-Edu from the Hugging Face hub
+    python fineweb.py --max_tokens 300000000         # its first 300M tokens
+    python fineweb.py --source 'books/*.parquet' --local_dir tokens --shard_size 1000000    # local files
+    python fineweb.py --rank 0 --world_size 4        # one machine of four; when all are done: --finish
+    python fineweb.py --verify edu_fineweb10B        # recount and describe any directory of shards
+
+Writes LOCAL_DIR/edufineweb_val_000000.npy, edufineweb_train_000001.npy, ... (one-dimensional uint16 arrays, each
+document after an <|endoftext|>) and at last meta.json, which describes them. However it is interrupted, the same
+command continues. Disk: 2 bytes a token and two parquet files (2 GB each). Two CPU cores make 5M tokens a second.
+"""
+
+import argparse
+import functools
+import glob
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import requests
+import tiktoken
+from tqdm import tqdm
+
+SUBSETS = {"default": "data"} | {f"sample-{size}": f"sample/{size}" for size in ("10BT", "100BT", "350BT")}
+CHUNK = 500_000  # characters of text a task: about 50 ms of work
+NPY_HEADER = 128  # bytes of NumPy's header for a one-dimensional array of any length
+LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # of llm.c's .bin shards, the header in bytes: 256 int32
+
+
+def fail(message):
+    """Report a user's mistake in one line on stderr and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# -------------------------------------------------------------------------------- worker processes
+# --- copied block: get_tokenizer ---
+def get_tokenizer(name):
+    """The tiktoken.Encoding called name.
+
+    "gpt2" has 50,257 tokens; tiktoken fetches its vocabulary once, or finds it in TIKTOKEN_CACHE_DIR.
+    "bytes" has 257: the 256 bytes and <|endoftext|>. It never needs a network.
+    """
+    if name == "bytes":
+        byte_ranks = {bytes([i]): i for i in range(256)}
+        pieces = r"(?s:.{1,1000})"  # how text is cut before merging; with no merges any cut gives the same
+        return tiktoken.Encoding(
+            "bytes", pat_str=pieces, mergeable_ranks=byte_ranks, special_tokens={"<|endoftext|>": 256}
+        )
+    try:
+        return tiktoken.get_encoding(name)
+    except (requests.RequestException, OSError) as error:
+        fail(
+            f"cannot fetch the GPT-2 vocabulary ({type(error).__name__}): use --tokenizer bytes, "
+            "or point TIKTOKEN_CACHE_DIR at a folder that holds it"
+        )
+
+
+# --- end of copied block: get_tokenizer ---
+cached_tokenizer = functools.cache(get_tokenizer)
+
+
+def start_worker():
+    """Make a new process leave Ctrl-C to its parent, and end when its parent does, even by kill -9."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def tokenize(tokenizer, texts):
+    """The tokens (N,) of some texts, and for each text (tokens, bytes, documents, skipped): (len(texts), 4).
+
+    Skipped are texts that are null, empty or beyond the tokenizer, as a million spaces in a row are. The texts go
+    through the tokenizer in one call, which is faster; one by one only where one of them spells <|endoftext|> out.
+    """
+    enc, eot, kept = cached_tokenizer(tokenizer), "<|endoftext|>", np.array([bool(text) for text in texts], bool)
+    joined = eot.join(["", *filter(None, texts)])
+    try:
+        if joined.count(eot) > kept.sum():
+            raise ValueError("a text spells <|endoftext|>")
+        tokens = enc.encode_to_numpy(joined, allowed_special={eot})
+    except ValueError:
+        if len(texts) > 1:
+            tokens, counts = zip(*(tokenize(tokenizer, [text]) for text in texts), strict=True)
+            return np.concatenate(tokens), np.concatenate(counts)
+        try:
+            tokens = np.array([enc.eot_token, *enc.encode_to_numpy(texts[0], disallowed_special=())])
+        except ValueError:
+            tokens, kept = np.empty(0), ~kept
+    counts = np.zeros((len(texts), 4), np.int64)
+    counts[kept, 0] = np.diff(np.flatnonzero(tokens == enc.eot_token), append=len(tokens))
+    counts[kept, 1:3] = [(len(text.encode()), 1) for text, keep in zip(texts, kept, strict=True) if keep] or 0
+    counts[~kept, 3] = 1
+    return tokens.astype("<u2"), counts  # every id is below 65,536
+
+
+# -------------------------------------------------------------------------------------- parquet in
+def ask_hub(call, what, tries, at_start=False):
+    """call(), after growing pauses again while the hub is busy or, except at the start, out of reach."""
+    from huggingface_hub import constants
+
+    for attempt in range(tries):
+        try:
+            return call()
+        except Exception as error:  # the hub, its HTTP client and its transfer library share no base class
+            reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:200]
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            hopeless = status in (401, 403, 404) or isinstance(error, ValueError)
+        if hopeless or attempt + 1 == tries or (at_start and "ConnectError" in reason):
+            advice = "check --repo_id, --remote_name and HF_TOKEN, or name local parquet files with --source"
+            raise OSError(f"cannot get {what} from {constants.ENDPOINT} ({reason}): {advice}")
+        time.sleep(min(2**attempt, 60))  # seconds
+
+
+def find_files(args):
+    """The hub's commit, [[name, bytes], ...] of all parquet files in their order, and the paths of local ones."""
+    if args.source:
+        paths = []
+        for pattern in args.source:
+            found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+            if not any(path.endswith(".parquet") for path in found):
+                fail(f"no parquet file at --source {pattern}: name files, or a pattern such as 'data/*.parquet'")
+            paths += [path for path in found if path.endswith(".parquet")]
+        return None, [[os.path.basename(path), os.path.getsize(path)] for path in paths], paths
+    from huggingface_hub import HfApi
+
+    what, folder = f"data set {args.repo_id}", SUBSETS.get(args.remote_name, args.remote_name) or None
+    commit = ask_hub(lambda: HfApi().dataset_info(args.repo_id).sha, what, args.tries, at_start=True)
+    tree = functools.partial(HfApi().list_repo_tree, args.repo_id, folder, repo_type="dataset", recursive=True)
+    found = ask_hub(lambda: list(tree(revision=commit)), f"subset {args.remote_name} of {what}", args.tries)
+    files = sorted([entry.path, entry.size] for entry in found if entry.path.endswith(".parquet"))
+    return commit, files or fail(f"no parquet file in subset {args.remote_name} of {what}: check --remote_name"), None
+
+
+def download(repo_id, commit, folder, tries, name, size):
+    """Fetch a parquet file of the hub to folder, whole, and return its path. Runs in a worker process."""
+    from huggingface_hub import hf_hub_download
+
+    def fetch():
+        path = hf_hub_download(repo_id, name, repo_type="dataset", revision=commit, local_dir=folder)
+        if os.path.getsize(path) != size:
+            os.remove(path)
+            raise OSError(f"it did not come with {size} bytes")
+        return path
+
+    return ask_hub(fetch, name, tries)
+
+
+def downloads(fetch, files, keep):
+    """Yield the paths of files, the next one on its way through fetch, and delete each when the caller comes back."""
+    coming = [fetch(*file) for file in files[:1]]
+    for i in range(len(files)):
+        path = coming.pop().result()
+        coming = [fetch(*file) for file in files[i + 1 : i + 2]]
+        yield path
+        if not keep:
+            os.remove(path)
+
+
+def read_texts(path, column, first_row):
+    """Yield (row, rows, texts) from first_row on: some texts of a parquet file, the first one's row, all rows."""
+    try:
+        with pq.ParquetFile(path, buffer_size=2**20) as parquet:  # without a buffer it holds whole row groups
+            names, rows = parquet.schema_arrow.names, parquet.metadata.num_rows
+            kind = parquet.schema_arrow.field(column).type if column in names else "missing"
+            if kind not in (pa.string(), pa.large_string()):
+                raise ValueError(f"text column {column} is {kind}: choose --text_column from {', '.join(names)}")
+            row, texts, length = 0, [], 0
+            for batch in parquet.iter_batches(16, columns=[column]):
+                new = batch.column(0)[max(0, first_row - row) :].to_pylist()
+                row, texts, length = row + len(batch), texts + new, length + sum(len(text or "") for text in new)
+                if length >= CHUNK and row < rows:
+                    yield row - len(texts), rows, texts
+                    texts, length = [], 0
+            yield row - len(texts), rows, texts
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise OSError(f"cannot use {path} ({' '.join(str(error).split())[:300]})") from error
+
+
+def tokenize_files(pool, args, paths, file, row):
+    """Yield (file, row, rows, tokens, counts), in order, of the texts of paths; the first is number file, from row."""
+    for number, path in enumerate(paths, file):
+        pending = []
+        for *where, texts in read_texts(path, args.text_column, row if number == file else 0):
+            pending.append((where, pool.submit(tokenize, args.tokenizer, texts)))
+            if len(pending) > 8 * args.workers:
+                where, future = pending.pop(0)
+                yield number, *where, *future.result()
+        for where, future in pending:  # a file is used up before the next one, so that it can be deleted
+            yield number, *where, *future.result()
+
+
+# -------------------------------------------------------------------------------------- shards out
+def load_json(directory, name):
+    """The meta.json, or the state files, of a directory: a list, empty if there are none."""
+    found = []
+    for path in sorted(glob.glob(f"{glob.escape(directory)}/{name}")):
+        try:
+            with open(path, encoding="utf-8") as file:
+                found.append({"shards": [], "source": {}} | json.load(file))
+        except (ValueError, TypeError) as error:
+            fail(f"cannot read {path} ({error}): delete {directory}, or name another")
+    return found
+
+
+def save_json(path, content):
+    """Write content to path, complete and on the disk, or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+class Shards:
+    """The shards of one rank in the making, and the state file from which any later run continues them."""
+
+    def __init__(self, directory, state):
+        self.directory, self.state, self.file = directory, state, None
+        self.total = state["partial"] + sum(shard["tokens"] for shard in state["shards"])
+        for path in (f"{directory}/{shard['file']}" for shard in state["shards"][-1:]):
+            if os.path.exists(f"{path}.tmp"):  # killed before the last line of save()
+                os.replace(f"{path}.tmp", path)
+
+    def add(self, file, row, rows, tokens, counts, limit):
+        """Write a result of tokenize_files, up to limit tokens in all; save where a shard or a parquet file ends."""
+        state, at = self.state, self.state["skip"]
+        before, size = state["counts"], state["source"]["shard_size"]
+        while at < len(tokens) and self.total < limit:
+            if not self.file:  # ranks take turns with the numbers, number 0 is the val shard
+                number = len(state["shards"]) * state["source"]["world_size"] + state["rank"]
+                self.name = f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
+                mode = "r+b" if state["partial"] else "w+b"
+                self.file = open(f"{self.directory}/{self.name}.tmp", mode, buffering=0)  # noqa: SIM115
+                self.file.truncate(NPY_HEADER + 2 * state["partial"])  # the header itself comes last
+                self.file.seek(0, os.SEEK_END)
+            n = min(size - state["partial"], limit - self.total, len(tokens) - at)
+            view = memoryview(tokens[at : at + n]).cast("B")
+            while view:
+                view = view[self.file.write(view) :]
+            at, self.total, state["partial"] = at + n, self.total + n, state["partial"] + n
+            if state["partial"] == size or self.total == limit:
+                i = int(np.searchsorted(counts[:, 0].cumsum(), at, side="right"))  # the text that is next to write
+                skip = int(at - counts[:i, 0].sum())  # its tokens that are written already
+                self.save(True, file=file, row=row + i, skip=skip, counts=(before + counts[:i].sum(0)).tolist())
+        if self.total < limit:
+            state.update(skip=0, counts=(before + counts.sum(0)).tolist())
+            if row + len(counts) == rows:
+                self.save(file=file + 1, row=0)
+
+    def save(self, finish=False, **position):
+        """Bring all tokens to the disk, with finish as a complete shard, and then the state that goes with them."""
+        self.state.update(position)
+        tokens = self.state["partial"] if finish else 0
+        if tokens:
+            self.file.seek(0)
+            header = {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
+            np.lib.format.write_array_header_1_0(self.file, header)
+            self.file.seek(0)
+            digest, split = hashlib.file_digest(self.file, "sha256").hexdigest(), self.name.split("_")[1]
+            self.state["shards"].append({"file": self.name, "split": split, "tokens": tokens, "sha256": digest})
+            self.state["partial"] = 0
+        if self.file:
+            os.fsync(self.file.fileno())
+        save_json(f"{self.directory}/state_{self.state['rank']:05d}.json", self.state)
+        if tokens:
+            self.file = self.file.close()
+            os.replace(f"{self.directory}/{self.name}.tmp", f"{self.directory}/{self.name}")
+
+
+def finish(directory):
+    """Write meta.json for the shards of all ranks, and delete their state files."""
+    states = load_json(directory, "state_*.json")
+    source = states[0]["source"] if states else {"world_size": 1}
+    done = sum(state["done"] and state["source"] == source for state in states)
+    if done != source["world_size"]:
+        fail(f"{directory} has {done} of {source['world_size']} ranks done with the same settings: run the rest")
+    shards = sorted((shard for state in states for shard in state["shards"]), key=lambda shard: shard["file"][-10:])
+    for shard in shards:
+        path = f"{directory}/{shard['file']}"
+        if not os.path.exists(path) or os.path.getsize(path) != NPY_HEADER + 2 * shard["tokens"]:
+            fail(f"{path} is missing or cut short: copy it here, or delete {directory} and start again")
+    about = {key: states[0][key] for key in ("tokenizer", "vocab_size", "eot_token", "source")}
+    save_json(f"{directory}/meta.json", about | {"shards": shards})
+    for state in states:
+        os.remove(f"{directory}/state_{state['rank']:05d}.json")
+
+
+# ------------------------------------------------------------------------------------ command line
+def verify(directory):
+    """Recount the shards of a directory, ours or foreign, compare them with meta.json if there is one, and report."""
+    known = load_json(directory, "meta.json") or load_json(directory, "state_*.json")
+    about = known[0] if known else {"tokenizer": "gpt2", "vocab_size": 50257, "eot_token": 50256}
+    told = {shard["file"]: (shard["tokens"], shard["sha256"]) for one in known for shard in one["shards"]}
+    names = sorted(name for name in os.listdir(directory) if name.endswith((".npy", ".bin")))
+    enc, splits, frequency = get_tokenizer(about["tokenizer"]), {}, np.zeros(2**16, np.int64)
+    wrong = [f"{name} is missing" for name in told if name not in names] if names else ["no shard (.npy or .bin)"]
+    for name in tqdm(names, disable=None, leave=False):
+        with open(f"{directory}/{name}", "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            if name.endswith(".npy"):
+                tokens = np.load(file.name, mmap_mode="r", allow_pickle=False)
+            else:
+                magic, version, number = np.fromfile(file.name, "<i4", 256)[:3].tolist()
+                kind = "<u2" if (magic, version) == (LLMC_MAGIC, 1) else "V"
+                tokens = np.memmap(file.name, kind, "r", LLMC_HEADER, (number,))
+            if tokens.dtype != "<u2" or tokens.ndim != 1 or os.path.getsize(file.name) != tokens.offset + tokens.nbytes:
+                raise ValueError("no one-dimensional uint16 array of the size in its header")
+        except (OSError, ValueError) as error:
+            wrong.append(f"{name}: {error}")
+            continue
+        count = sum(np.bincount(tokens[i : i + 2**22], minlength=2**16) for i in range(0, len(tokens), 2**22))
+        frequency += count
+        if count[about["vocab_size"] :].any():
+            wrong.append(f"{name} has token {np.flatnonzero(count)[-1]}, beyond the vocabulary")
+        if told and told.get(name) != (len(tokens), digest):
+            wrong.append(f"{name} is not as described: {len(tokens)} tokens, SHA-256 {digest}")
+        split = splits.setdefault("val" if "val" in name else "train", [0, 0, 0, tokens[:50].tolist()])
+        split[:3] = split[0] + 1, split[1] + len(tokens), split[2] + int(count[about["eot_token"]])
+    print(f"{directory}: {about['tokenizer']} tokens, {'SHA-256 compared' if told else 'no SHA-256 known'}")
+    for split, (shards, number, documents, ids) in splits.items():
+        text = enc.decode([i for i in ids if i < about["vocab_size"]])
+        print(f"{split}: {shards:,} shards, {number:,} tokens, {documents:,} documents, beginning {text!r}")
+    top = [int(i) for i in np.argsort(-frequency)[:10] if i < about["vocab_size"]]
+    print("most frequent:", *(f"{enc.decode([i])!r} {frequency[i] / max(frequency.sum(), 1):.1%}" for i in top))
+    if wrong:
+        fail(f"{len(wrong)} faults in {directory}: {'; '.join(wrong[:5])}")
+
+
+def open_state(args):
+    """The state that --local_dir was left in or a new one, and the paths of local parquet files."""
+    directory, enc = args.local_dir, get_tokenizer(args.tokenizer)
+    known = load_json(directory, "meta.json") + load_json(directory, "state_*.json")
+    keys = ("repo_id", "remote_name", "text_column", "shard_size", "max_tokens", "max_shards", "world_size")
+    source, paths = {key: getattr(args, key) for key in keys}, None
+    if known and not args.source:  # the commit and the files of the hub stay those of the first run
+        source |= {key: known[0]["source"].get(key) for key in ("revision", "files")}
+    else:
+        source["revision"], source["files"], paths = find_files(args)
+    about = {"tokenizer": args.tokenizer, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token}
+    for key, new in (about | source).items():
+        for old in [old for one in known if (old := (one | one["source"]).get(key)) != new]:
+            was = f"{directory} was begun with {key} {str(old)[:200]}, not {str(new)[:200]}"
+            fail(f"{was}: repeat the first settings, or use another --local_dir")
+    if not known and os.path.isdir(directory) and any(not name.endswith(".tmp") for name in os.listdir(directory)):
+        fail(f"--local_dir {directory} holds something else: name another directory")
+    new = {"rank": args.rank, "done": False, "file": 0, "row": 0, "skip": 0, "partial": 0, "counts": [0, 0, 0, 0]}
+    mine = [one for one in known if one.get("rank", args.rank) == args.rank]
+    return mine[0] if mine else about | {"source": source, "shards": []} | new, paths
+
+
+def run(args):
+    """Make the shards of one rank, from where the last run stopped, with a progress bar on a terminal."""
+    began, directory, folder = time.perf_counter(), args.local_dir, f"{args.local_dir}/parquet_{args.rank:05d}"
+    state, paths = open_state(args)
+    if "done" not in state:  # it is meta.json
+        return print(f"{directory} already holds these shards")
+    limit = min(args.max_tokens or sys.maxsize, (args.max_shards or sys.maxsize) * args.shard_size)
+    os.makedirs(directory, exist_ok=True)
+    need, free = 2 * (min(args.shard_size, limit) - state["partial"]), shutil.disk_usage(directory).free
+    if need > free:
+        fail(f"a shard takes {need} bytes, {directory} has {free} left: use a smaller --shard_size or make room")
+    shards, mine = Shards(directory, state), slice(args.rank, None, args.world_size)
+    shards.save()
+    files, todo = state["source"]["files"][mine], slice(state["file"], sys.maxsize if shards.total < limit else 0)
+    processes = args.workers + (not paths)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start_worker)  # + 1 to download
+    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes begin with it, too
+    for _ in range(processes):
+        pool.submit(tokenize, args.tokenizer, [])
+    signal.signal(signal.SIGINT, ctrl_c)
+    if not paths:
+        for stale in glob.glob(f"{glob.escape(folder)}/.cache/**/*.incomplete", recursive=True):
+            os.remove(stale)  # of a killed run; the library begins a new one
+        how = download, args.repo_id, state["source"]["revision"], folder, args.tries
+    paths = (
+        paths[mine][todo] if paths else downloads(functools.partial(pool.submit, *how), files[todo], args.keep_parquet)
+    )
+    sizes, read = [size for _, size in files], 0
+    try:
+        with tqdm(initial=shards.total, unit="tok", unit_scale=True, disable=None) as bar:
+            for file, row, rows, tokens, counts in tokenize_files(pool, args, paths, state["file"], state["row"]):
+                shards.add(file, row, rows, tokens, counts, limit)
+                share = (sum(sizes[:file]) + sizes[file] * (row + len(counts)) / max(rows, 1)) / sum(sizes)
+                read += counts[:, 1].sum() / 1e6
+                bar.total = int(min(limit, shards.total / share)) if share else None
+                bar.set_postfix_str(f"{read / (time.perf_counter() - began):.1f} MB/s", refresh=False)
+                bar.update(shards.total - bar.n)
+                if shards.total == limit:
+                    break
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+    shards.save(True, done=True)
+    if not args.keep_parquet:
+        shutil.rmtree(folder, ignore_errors=True)
+    _, size, documents, skipped = state["counts"]
+    print(f"{documents + (state['skip'] > 0):,} documents ({skipped:,} empty ones skipped), {size:,} bytes of text,")
+    print(f"{shards.total:,} tokens in {len(state['shards'])} shards, {time.perf_counter() - began:.1f} seconds")
+    if args.world_size == 1:
+        return finish(directory)
+    print(f"rank {args.rank} is done: when all {args.world_size} are, run --finish --local_dir {directory}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = fail  # argparse reports its own errors in one line, too
+    add, env = parser.add_argument, os.environ.get
+    add("--source", nargs="+", metavar="FILE", help="local parquet files or 'patterns' instead of the hub's")
+    add("--repo_id", default="HuggingFaceFW/fineweb-edu", help="data set on the hub (HuggingFaceFW/fineweb-edu)")
+    add("--remote_name", default="sample-10BT", help=f"{', '.join(SUBSETS)} or a folder, '' for all (sample-10BT)")
+    add("--text_column", default="text", help="column of the documents (text)")
+    add("--local_dir", default="edu_fineweb10B", help="directory to make (edu_fineweb10B)")
+    add("--tokenizer", choices=["bytes", "gpt2"], default="gpt2", help="one token a byte, or GPT-2's (gpt2)")
+    add("--shard_size", type=int, default=100_000_000, help="tokens a shard (100000000)")
+    add("--max_tokens", type=int, default=0, help="stop after so many tokens a rank, 0: never (0)")
+    add("--max_shards", type=int, default=0, help="stop after so many shards a rank, 0: never (0)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes that tokenise (one a core)")
+    add("--tries", type=int, default=8, help="tries a download, with pauses of 1, 2, 4, ... 60 seconds (8)")
+    add("--keep_parquet", action=argparse.BooleanOptionalAction, default=False, help="keep the downloads (no)")
+    rank, world_size = env("RANK", env("SLURM_PROCID", "0")), env("WORLD_SIZE", env("SLURM_NTASKS", "1"))
+    add("--rank", type=int, default=rank, help="number of this machine, from 0 ($RANK, $SLURM_PROCID, 0)")
+    add("--world_size", type=int, default=world_size, help="machines ($WORLD_SIZE, $SLURM_NTASKS, 1)")
+    add("--finish", action="store_true", help="write meta.json for --local_dir when all ranks are done")
+    add("--verify", metavar="DIR", help="recount and describe the shards of a directory, do nothing else")
+    args = parser.parse_args()
+    for name, least in {"shard_size": 1, "max_tokens": 0, "max_shards": 0, "workers": 1, "tries": 1, "rank": 0}.items():
+        if getattr(args, name) < least:
+            fail(f"--{name} is {getattr(args, name)}: it must be at least {least}")
+    if args.rank >= args.world_size:
+        fail(f"--rank {args.rank} must be below --world_size {args.world_size}")
+    args.repo_id, args.remote_name = (None, None) if args.source else (args.repo_id, args.remote_name)
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_VERBOSITY="critical")
+    try:
+        verify(args.verify) if args.verify else finish(args.local_dir) if args.finish else run(args)
+    except BrokenProcessPool:
+        fail("a worker process died, perhaps for lack of memory: the same command continues, with fewer --workers")
+    except OSError as error:
+        fail(f"{error}: what is finished stays and the same command continues, on a full disk after making room")
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
