@@ -19,13 +19,16 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import struct
 import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +39,7 @@ from tqdm import tqdm
 
 SUBSETS = {"default": "data"} | {f"sample-{size}": f"sample/{size}" for size in ("10BT", "100BT", "350BT")}
 CHUNK = 500_000  # characters of text a task: about 50 ms of work
-NPY_HEADER = 128  # bytes of NumPy's header for a one-dimensional array of any length
-LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # of llm.c's .bin shards, the header in bytes: 256 int32
+HEADER_BYTES = 128  # bytes of NumPy's header for a one-dimensional array of any length
 
 
 def fail(message):
@@ -51,22 +53,15 @@ def fail(message):
 def get_tokenizer(name):
     """The tiktoken.Encoding called name.
 
-    "gpt2" has 50,257 tokens; tiktoken fetches its vocabulary once, or finds it in TIKTOKEN_CACHE_DIR.
-    "bytes" has 257: the 256 bytes and <|endoftext|>. It never needs a network.
+    "gpt2" has 50,257 tokens; tiktoken fetches its vocabulary once, or finds it in TIKTOKEN_CACHE_DIR, and
+    raises requests.RequestException where it cannot. "bytes" has 257, the 256 bytes and <|endoftext|>, and
+    never needs a network.
     """
-    if name == "bytes":
-        byte_ranks = {bytes([i]): i for i in range(256)}
-        pieces = r"(?s:.{1,1000})"  # how text is cut before merging; with no merges any cut gives the same
-        return tiktoken.Encoding(
-            "bytes", pat_str=pieces, mergeable_ranks=byte_ranks, special_tokens={"<|endoftext|>": 256}
-        )
-    try:
-        return tiktoken.get_encoding(name)
-    except (requests.RequestException, OSError) as error:
-        fail(
-            f"cannot fetch the GPT-2 vocabulary ({type(error).__name__}): use --tokenizer bytes, "
-            "or point TIKTOKEN_CACHE_DIR at a folder that holds it"
-        )
+    if name == "gpt2":
+        return tiktoken.get_encoding("gpt2")
+    ranks = {bytes([i]): i for i in range(256)}
+    pieces = r"(?s:.{1,1000})"  # how text is cut before merging: with no merges any cut gives the same
+    return tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
 
 
 # --- end of copied block: get_tokenizer ---
@@ -244,7 +239,7 @@ class Shards:
                 self.name = f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
                 mode = "r+b" if state["partial"] else "w+b"
                 self.file = open(f"{self.directory}/{self.name}.tmp", mode, buffering=0)  # noqa: SIM115
-                self.file.truncate(NPY_HEADER + 2 * state["partial"])  # the header itself comes last
+                self.file.truncate(HEADER_BYTES + 2 * state["partial"])  # the header itself comes last
                 self.file.seek(0, os.SEEK_END)
             n = min(size - state["partial"], limit - self.total, len(tokens) - at)
             view = memoryview(tokens[at : at + n]).cast("B")
@@ -268,8 +263,7 @@ class Shards:
             self.file.seek(0)
             header = {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
             np.lib.format.write_array_header_1_0(self.file, header)
-            self.file.seek(0)
-            digest, split = hashlib.file_digest(self.file, "sha256").hexdigest(), self.name.split("_")[1]
+            digest, split = sha256_of(self.file.name), self.name.split("_")[1]
             self.state["shards"].append({"file": self.name, "split": split, "tokens": tokens, "sha256": digest})
             self.state["partial"] = 0
         if self.file:
@@ -290,7 +284,7 @@ def finish(directory):
     shards = sorted((shard for state in states for shard in state["shards"]), key=lambda shard: shard["file"][-10:])
     for shard in shards:
         path = f"{directory}/{shard['file']}"
-        if not os.path.exists(path) or os.path.getsize(path) != NPY_HEADER + 2 * shard["tokens"]:
+        if not os.path.exists(path) or os.path.getsize(path) != HEADER_BYTES + 2 * shard["tokens"]:
             fail(f"{path} is missing or cut short: copy it here, or delete {directory} and start again")
     about = {key: states[0][key] for key in ("tokenizer", "vocab_size", "eot_token", "source")}
     save_json(f"{directory}/meta.json", about | {"shards": shards})
@@ -299,6 +293,46 @@ def finish(directory):
 
 
 # ------------------------------------------------------------------------------------ command line
+# --- copied block: read_shard ---
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d+),\), \}", re.S
+)
+BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # llm.c's shards: 256 int32, then uint16 tokens
+
+
+def read_header(path):
+    """(bytes before the tokens, number of tokens) of a shard; raises ValueError if it is none."""
+    with open(path, "rb") as file:
+        head = file.read(BIN_HEADER)
+        size = file.seek(0, os.SEEK_END)
+    npy = NPY_HEADER.match(head)
+    if npy:
+        offset, count = 10 + int.from_bytes(npy[1], "little"), int(npy[2])
+    elif len(head) == BIN_HEADER and struct.unpack("<2i", head[:8]) == (BIN_MAGIC, BIN_VERSION):
+        offset, count = BIN_HEADER, struct.unpack("<i", head[8:12])[0]
+    else:
+        raise ValueError(f"{path} is no token shard: neither a one-dimensional uint16 .npy nor llm.c's .bin")
+    if size != offset + 2 * count:
+        raise ValueError(f"{path} has {size:,} bytes, its header promises {offset + 2 * count:,}: make it again")
+    return offset, count
+
+
+@lru_cache(maxsize=16)
+def open_shard(path):
+    """The tokens of a shard, mapped into memory: a read-only uint16 array (N,)."""
+    offset, count = read_header(path)
+    return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
+
+
+# --- end of copied block: read_shard ---
+# --- copied block: sha256_of ---
+def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- end of copied block: sha256_of ---
 def verify(directory):
     """Recount the shards of a directory, ours or foreign, compare them with meta.json if there is one, and report."""
     known = load_json(directory, "meta.json") or load_json(directory, "state_*.json")
@@ -308,19 +342,10 @@ def verify(directory):
     enc, splits, frequency = get_tokenizer(about["tokenizer"]), {}, np.zeros(2**16, np.int64)
     wrong = [f"{name} is missing" for name in told if name not in names] if names else ["no shard (.npy or .bin)"]
     for name in tqdm(names, disable=None, leave=False):
-        with open(f"{directory}/{name}", "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         try:
-            if name.endswith(".npy"):
-                tokens = np.load(file.name, mmap_mode="r", allow_pickle=False)
-            else:
-                magic, version, number = np.fromfile(file.name, "<i4", 256)[:3].tolist()
-                kind = "<u2" if (magic, version) == (LLMC_MAGIC, 1) else "V"
-                tokens = np.memmap(file.name, kind, "r", LLMC_HEADER, (number,))
-            if tokens.dtype != "<u2" or tokens.ndim != 1 or os.path.getsize(file.name) != tokens.offset + tokens.nbytes:
-                raise ValueError("no one-dimensional uint16 array of the size in its header")
+            tokens, digest = open_shard(f"{directory}/{name}"), sha256_of(f"{directory}/{name}")
         except (OSError, ValueError) as error:
-            wrong.append(f"{name}: {error}")
+            wrong.append(str(error))
             continue
         count = sum(np.bincount(tokens[i : i + 2**22], minlength=2**16) for i in range(0, len(tokens), 2**22))
         frequency += count
@@ -449,6 +474,9 @@ def main():
         verify(args.verify) if args.verify else finish(args.local_dir) if args.finish else run(args)
     except BrokenProcessPool:
         fail("a worker process died, perhaps for lack of memory: the same command continues, with fewer --workers")
+    except requests.RequestException as error:
+        reason = f"cannot fetch the GPT-2 vocabulary ({type(error).__name__})"
+        fail(f"{reason}: point TIKTOKEN_CACHE_DIR at a folder that holds it, or use --tokenizer bytes")
     except OSError as error:
         fail(f"{error}: what is finished stays and the same command continues, on a full disk after making room")
     except KeyboardInterrupt:

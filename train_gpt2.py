@@ -245,10 +245,6 @@ class GPT(nn.Module):
 
 # ----------------------------------------------------------------------------------------- data
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00(..)\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d+),\), \}", re.S
-)
-BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # llm.c's shards: 256 int32, then uint16 tokens
 
 
 # --- copied block: get_tokenizer ---
@@ -268,6 +264,12 @@ def get_tokenizer(name):
 
 # --- end of copied block: get_tokenizer ---
 # --- copied block: read_shard ---
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d+),\), \}", re.S
+)
+BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # llm.c's shards: 256 int32, then uint16 tokens
+
+
 def read_header(path):
     """(bytes before the tokens, number of tokens) of a shard; raises ValueError if it is none."""
     with open(path, "rb") as file:
