@@ -73,9 +73,9 @@ def read_text(path):
     """The text of a UTF-8 file, its line ends as they are; exits if there is none."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            return file.read() or fail(f"{path} is empty: name another text with --input")
+            return file.read() or fail(f"{path!r} is empty: name another text with --input")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read {path} as UTF-8 text ({error}): name another with --input")
+        fail(f"cannot read {path!r} as UTF-8 text ({error}): name another with --input")
 
 
 # --- end of copied block: text ---
@@ -103,7 +103,7 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (auto)")
     parser.add_argument("--seed", type=int, default=1337, help="of all random numbers (1337)")
     parser.add_argument("--max_new_tokens", type=int, default=500, help="characters to sample (500)")
-    parser.error = fail  # argparse reports its own errors in one line, too
+    parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
     args = parser.parse_args()
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "seed" and not value > 0:
@@ -115,7 +115,7 @@ def main():
     data = torch.tensor([stoi[char] for char in text], device=device)  # (N,)
     train_data, val_data = data.tensor_split([int(0.9 * len(data))])
     if len(val_data) <= args.block_size:
-        fail(f"--block_size {args.block_size} leaves no window in {len(val_data)} validation characters")
+        fail(f"--block_size {args.block_size} is too long for the {len(val_data)} characters kept for validation")
 
     torch.manual_seed(args.seed)
     model = Bigram(len(chars)).to(device)

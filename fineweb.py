@@ -443,7 +443,7 @@ def run(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = fail  # argparse reports its own errors in one line, too
+    parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
     add, env = parser.add_argument, os.environ.get
     add("--source", nargs="+", metavar="FILE", help="local parquet files or 'patterns' instead of the hub's")
     add("--repo_id", default="HuggingFaceFW/fineweb-edu", help="data set on the hub (HuggingFaceFW/fineweb-edu)")

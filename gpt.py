@@ -185,9 +185,9 @@ def read_text(path):
     """The text of a UTF-8 file, its line ends as they are; exits if there is none."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            return file.read() or fail(f"{path} is empty: name another text with --input")
+            return file.read() or fail(f"{path!r} is empty: name another text with --input")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read {path} as UTF-8 text ({error}): name another with --input")
+        fail(f"cannot read {path!r} as UTF-8 text ({error}): name another with --input")
 
 
 # --- end of copied block: text ---
@@ -231,7 +231,7 @@ def train(args):
     data = torch.tensor([stoi[char] for char in text], device=args.device)  # (N,)
     train_data, val_data = data.tensor_split([int(0.9 * len(data))])
     if len(val_data) <= args.block_size:
-        fail(f"--block_size {args.block_size} leaves no window in {len(val_data)} validation characters")
+        fail(f"--block_size {args.block_size} is too long for the {len(val_data)} characters kept for validation")
 
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
@@ -266,7 +266,7 @@ def train(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = fail  # argparse reports its own errors in one line, too
+    parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
     add = parser.add_argument_group("data and device").add_argument
     add("--input", default="input.txt", help="UTF-8 text to learn from (input.txt)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (auto)")

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 
 import numpy as np
 import requests
@@ -28,7 +29,7 @@ TINY_SHAKESPEARE_PATH = "data/tinyshakespeare/input.txt"
 
 
 def download(url, path, sha256):
-    """Fetch url to path. The file appears there whole and with the right SHA-256, or not at all."""
+    """Fetch url to path. The file appears there whole and with the right SHA-256, or not at all (OSError)."""
     try:
         response = requests.get(url, timeout=30)
         response.raise_for_status()
@@ -54,9 +55,9 @@ def read_text(path):
     """The text of a UTF-8 file, its line ends as they are; exits if there is none."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            return file.read() or fail(f"{path} is empty: name another text with --input")
+            return file.read() or fail(f"{path!r} is empty: name another text with --input")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read {path} as UTF-8 text ({error}): name another with --input")
+        fail(f"cannot read {path!r} as UTF-8 text ({error}): name another with --input")
 
 
 # --- end of copied block: text ---
@@ -100,10 +101,11 @@ def write_shards(out_dir, parts, tokenizer, source):
     name = os.path.basename(os.path.abspath(out_dir))
     meta = {"tokenizer": tokenizer, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token, "source": source}
     meta["shards"] = []
-    temporary = f"{out_dir.rstrip('/')}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    try:
+    parent = os.path.dirname(os.path.abspath(out_dir))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=parent) as workplace:
+        temporary = f"{workplace}/{name}"
+        os.mkdir(temporary)
         for split, text in parts.items():
             tokens = np.array([enc.eot_token, *enc.encode_ordinary(text)], dtype="<u2")  # (N,)
             file = f"{name}_{split}_000000.npy"
@@ -113,17 +115,18 @@ def write_shards(out_dir, parts, tokenizer, source):
         with open(f"{temporary}/meta.json", "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
         os.replace(temporary, out_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return meta
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = fail  # argparse reports its own errors in one line, too
+    parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
     add = parser.add_argument
-    add("--input", default="input.txt", help="UTF-8 text (input.txt)")
-    add("--download", action="store_true", help=f"fetch Tiny Shakespeare (1.1 MB) to {TINY_SHAKESPEARE_PATH}, use that")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--input", default="input.txt", help="UTF-8 text (input.txt)")
+    text.add_argument(
+        "--download", action="store_true", help=f"fetch Tiny Shakespeare (1.1 MB) to {TINY_SHAKESPEARE_PATH}, use that"
+    )
     add("--out_dir", default="shakespeare", help="directory to make (shakespeare)")
     add("--tokenizer", choices=["bytes", "gpt2"], default="bytes", help="one token a byte, or GPT-2's (bytes)")
     add("--val_fraction", type=float, default=0.1, help="share of the text kept for validation, 0 to 1 (0.1)")
@@ -132,29 +135,29 @@ def main():
         fail(f"--val_fraction is {args.val_fraction}: it must be between 0 and 1")
     if args.download:
         args.input = TINY_SHAKESPEARE_PATH
-        if not os.path.exists(args.input) or sha256_of(args.input) != TINY_SHAKESPEARE_SHA256:
-            download(TINY_SHAKESPEARE_URL, args.input, TINY_SHAKESPEARE_SHA256)
+        try:
+            if not os.path.exists(args.input) or sha256_of(args.input) != TINY_SHAKESPEARE_SHA256:
+                download(TINY_SHAKESPEARE_URL, args.input, TINY_SHAKESPEARE_SHA256)
+        except OSError as error:
+            fail(f"cannot write {args.input} ({error.strerror}): make room for a file there")
     text = read_text(args.input)
     n = int((1 - args.val_fraction) * len(text))
     if not 0 < n < len(text):
         fail(f"{args.input} has {len(text)} characters: too few to split with --val_fraction {args.val_fraction}")
 
-    source = {"input": os.path.basename(args.input), "sha256": sha256_of(args.input), "val_fraction": args.val_fraction}
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    source = {"input": os.path.basename(args.input), "sha256": digest, "val_fraction": args.val_fraction}
     if os.path.isdir(args.out_dir) and os.listdir(args.out_dir):
         try:
             with open(f"{args.out_dir}/meta.json", encoding="utf-8") as file:
                 found = json.load(file)
             same = (found["tokenizer"], found["source"]) == (args.tokenizer, source)
+            wanted = {f"{args.out_dir}/{shard['file']}": shard["sha256"] for shard in found["shards"]}
         except (OSError, ValueError, KeyError, TypeError):
             same = False
         if not same:
             fail(f"--out_dir {args.out_dir} holds something else: delete it, or name another directory")
-        intact = all(
-            os.path.exists(f"{args.out_dir}/{shard['file']}")
-            and sha256_of(f"{args.out_dir}/{shard['file']}") == shard["sha256"]
-            for shard in found["shards"]
-        )
-        if intact:
+        if all(os.path.isfile(path) and sha256_of(path) == sha256 for path, sha256 in wanted.items()):
             print(f"{args.out_dir} already holds these shards")
             return
         shutil.rmtree(args.out_dir)

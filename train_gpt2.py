@@ -587,7 +587,7 @@ def pick_device(name):
 def parse_args():
     """The flags, with the preset's values for those not given; exits at one that cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = fail  # argparse reports its own errors in one line, too
+    parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--preset", choices=list(PRESETS), default="gpt2", help="where flags without a default take it from (gpt2)")
