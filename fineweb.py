@@ -401,19 +401,18 @@ def run(args):
     shards, mine = Shards(directory, state), slice(args.rank, None, args.world_size)
     shards.save()
     files, todo = state["source"]["files"][mine], slice(state["file"], sys.maxsize if shards.total < limit else 0)
-    processes = args.workers + (not paths)
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start_worker)  # + 1 to download
+    spawn = multiprocessing.get_context("spawn")
+    pool, hub = (ProcessPoolExecutor(number, spawn, start_worker) for number in (args.workers, 1))
     ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes begin with it, too
-    for _ in range(processes):
+    for _ in range(args.workers):
         pool.submit(tokenize, args.tokenizer, [])
-    signal.signal(signal.SIGINT, ctrl_c)
     if not paths:
+        hub.submit(os.getpid)
         for stale in glob.glob(f"{glob.escape(folder)}/.cache/**/*.incomplete", recursive=True):
             os.remove(stale)  # of a killed run; the library begins a new one
-        how = download, args.repo_id, state["source"]["revision"], folder, args.tries
-    paths = (
-        paths[mine][todo] if paths else downloads(functools.partial(pool.submit, *how), files[todo], args.keep_parquet)
-    )
+        fetch = functools.partial(hub.submit, download, args.repo_id, state["source"]["revision"], folder, args.tries)
+    signal.signal(signal.SIGINT, ctrl_c)
+    paths = paths[mine][todo] if paths else downloads(fetch, files[todo], args.keep_parquet)
     sizes, read = [size for _, size in files], 0
     try:
         with tqdm(initial=shards.total, unit="tok", unit_scale=True, disable=None) as bar:
@@ -427,7 +426,8 @@ def run(args):
                 if shards.total == limit:
                     break
     finally:
-        for child in multiprocessing.active_children():
+        pool.shutdown(cancel_futures=True)  # killed in the middle of a message, a worker could block this process
+        for child in multiprocessing.active_children():  # the one that downloads
             child.kill()
             child.join()
     shards.save(True, done=True)

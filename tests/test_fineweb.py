@@ -153,21 +153,19 @@ def test_real_documents(tmp_path):
 
 @posix
 def test_killed_at_random_moments(data, tmp_path):
-    flags = ["--tokenizer", "bytes", "--shard_size", 5003, "--workers", 2]
+    flags = ["--tokenizer", "bytes", "--shard_size", 15013, "--workers", 2]
     flags += ["--source", *4 * [data["folder"] / "in/000.parquet"]]
-    began = time.perf_counter()
     run(*flags, "--local_dir", tmp_path / "whole")
-    duration, rng, kills = time.perf_counter() - began, random.Random(5), 0
+    rng, shards = random.Random(5), 0
     for _ in range(4):
         settings = command(*flags, "--local_dir", tmp_path / "out")
         process = subprocess.Popen(**settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=rng.uniform(0.4, 0.9) * duration)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    assert kills
+        shards += rng.randrange(1, 4)
+        while len(list(tmp_path.glob("out/*.npy"))) < shards and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     run(*flags, "--local_dir", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -207,8 +205,8 @@ def test_interrupted_between_any_two_steps(data, tmp_path):
 @posix
 def test_ctrl_c_is_one_line_and_the_run_continues(data, tmp_path):
     big = tmp_path / "big.parquet"
-    write_parquet(str(big), ["word " * 20000] * 1000)
-    flags = ["--tokenizer", "bytes", "--source", big, "--shard_size", 1_000_000, "--max_tokens", 30_000_000]
+    write_parquet(str(big), ["word " * 2000] * 1000)
+    flags = ["--tokenizer", "bytes", "--source", big, "--shard_size", 200_000, "--max_tokens", 8_000_000]
     settings = command(*flags, "--local_dir", tmp_path / "out", "--workers", 2)
     process = subprocess.Popen(**settings, stdout=-1, stderr=-1, start_new_session=True)
     while not list(tmp_path.glob("out/edufineweb_train_000002.npy")):
@@ -223,7 +221,7 @@ def test_ctrl_c_is_one_line_and_the_run_continues(data, tmp_path):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
     run(*flags, "--local_dir", tmp_path / "out", "--workers", 2)
-    assert len(read_shards(tmp_path / "out", 1_000_000)) == 30_000_000
+    assert len(read_shards(tmp_path / "out", 200_000)) == 8_000_000
 
 
 def test_other_settings_and_other_directories_are_refused(data, tmp_path):
