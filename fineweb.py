@@ -13,6 +13,7 @@ command continues. Disk: 2 bytes a token and two parquet files (2 GB each). Two 
 """
 
 import argparse
+import fcntl
 import functools
 import glob
 import hashlib
@@ -276,6 +277,8 @@ class Shards:
 
 def finish(directory):
     """Write meta.json for the shards of all ranks, and delete their state files."""
+    if load_json(directory, "meta.json"):
+        return print(f"{directory} is finished already")
     states = load_json(directory, "state_*.json")
     source = states[0]["source"] if states else {"world_size": 1}
     done = sum(state["done"] and state["source"] == source for state in states)
@@ -290,6 +293,8 @@ def finish(directory):
     save_json(f"{directory}/meta.json", about | {"shards": shards})
     for state in states:
         os.remove(f"{directory}/state_{state['rank']:05d}.json")
+    for lock in glob.glob(f"{glob.escape(directory)}/state_*.lock"):
+        os.remove(lock)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -369,21 +374,26 @@ def open_state(args):
     """The state that --local_dir was left in or a new one, and the paths of local parquet files."""
     directory, enc = args.local_dir, get_tokenizer(args.tokenizer)
     known = load_json(directory, "meta.json") + load_json(directory, "state_*.json")
+    begun = [one for one in known if one.get("done", True) or one["shards"] or one["partial"]]  # tokens are written
     keys = ("repo_id", "remote_name", "text_column", "shard_size", "max_tokens", "max_shards", "world_size")
     source, paths = {key: getattr(args, key) for key in keys}, None
-    if known and not args.source:  # the commit and the files of the hub stay those of the first run
-        source |= {key: known[0]["source"].get(key) for key in ("revision", "files")}
+    if begun and not args.source:  # the commit and the files of the hub stay those of the first run
+        source |= {key: begun[0]["source"].get(key) for key in ("revision", "files")}
     else:
         source["revision"], source["files"], paths = find_files(args)
     about = {"tokenizer": args.tokenizer, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token}
     for key, new in (about | source).items():
-        for old in [old for one in known if (old := (one | one["source"]).get(key)) != new]:
+        for old in [old for one in begun if (old := (one | one["source"]).get(key)) != new]:
             was = f"{directory} was begun with {key} {str(old)[:200]}, not {str(new)[:200]}"
             fail(f"{was}: repeat the first settings, or use another --local_dir")
-    if not known and os.path.isdir(directory) and any(not name.endswith(".tmp") for name in os.listdir(directory)):
+    if (
+        not known
+        and os.path.isdir(directory)
+        and any(not name.endswith((".tmp", ".lock")) for name in os.listdir(directory))
+    ):
         fail(f"--local_dir {directory} holds something else: name another directory")
     new = {"rank": args.rank, "done": False, "file": 0, "row": 0, "skip": 0, "partial": 0, "counts": [0, 0, 0, 0]}
-    mine = [one for one in known if one.get("rank", args.rank) == args.rank]
+    mine = [one for one in begun if one.get("rank", args.rank) == args.rank]
     return mine[0] if mine else about | {"source": source, "shards": []} | new, paths
 
 
@@ -395,6 +405,11 @@ def run(args):
         return print(f"{directory} already holds these shards")
     limit = min(args.max_tokens or sys.maxsize, (args.max_shards or sys.maxsize) * args.shard_size)
     os.makedirs(directory, exist_ok=True)
+    lock = open(f"{directory}/state_{args.rank:05d}.lock", "a", encoding="utf-8")  # noqa: SIM115, held open
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+    except BlockingIOError:
+        fail(f"another run of rank {args.rank} writes to {directory}: wait for its end, or name another --local_dir")
     need, free = 2 * (min(args.shard_size, limit) - state["partial"]), shutil.disk_usage(directory).free
     if need > free:
         fail(f"a shard takes {need} bytes, {directory} has {free} left: use a smaller --shard_size or make room")
@@ -478,7 +493,8 @@ def main():
         reason = f"cannot fetch the GPT-2 vocabulary ({type(error).__name__})"
         fail(f"{reason}: point TIKTOKEN_CACHE_DIR at a folder that holds it, or use --tokenizer bytes")
     except OSError as error:
-        fail(f"{error}: what is finished stays and the same command continues, on a full disk after making room")
+        again = "what is finished stays and the same command continues, on a full disk after making room"
+        fail(f"{error}: {again}" if error.errno and not args.verify else str(error))  # ours say what to do
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         sys.exit(130)

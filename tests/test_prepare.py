@@ -180,12 +180,14 @@ def test_nothing_half_written_stays_behind_after_a_failure(tmp_path, text_file, 
 
 
 def test_run_after_a_killed_one_is_clean(tmp_path, text_file):
-    """What a killed run leaves under a temporary name does not get into the data set."""
+    """What lies beside the data set, of a killed run or of a stranger, neither gets into it nor is lost."""
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "out_train_000007.npy").write_bytes(b"half a sh")
     assert call("prepare_shakespeare", "--input", text_file, "--out_dir", tmp_path / "out").returncode == 0
-    names = sorted(path.name for path in tmp_path.rglob("*"))
-    assert names == ["meta.json", "out", "out_train_000000.npy", "out_val_000000.npy"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["meta.json", "out_train_000000.npy", "out_val_000000.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
+    assert (tmp_path / "out.tmp" / "out_train_000007.npy").read_bytes() == b"half a sh"
 
 
 def test_shards_appear_in_one_rename(tmp_path, text_file):
