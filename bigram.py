@@ -9,6 +9,7 @@ Tiny Shakespeare ends at a validation loss of 2.49 nats a character (blind guess
 """
 
 import argparse
+import signal
 import sys
 
 import torch
@@ -34,7 +35,7 @@ class Bigram(nn.Module):
     def generate(self, idx, max_new_tokens, generator):
         """Extend idx (B, T) by sampled characters to (B, T + max_new_tokens)."""
         for _ in range(max_new_tokens):
-            probs = F.softmax(self(idx[:, -1])[0], dim=-1)  # only the last character counts: (B, V)
+            probs = F.softmax(self(idx[:, -1])[0], dim=-1)  # only the last character counts: (B,) -> (B, V)
             next_idx = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
             idx = torch.cat((idx, next_idx), dim=1)  # (B, T + 1)
         return idx
@@ -92,6 +93,7 @@ def pick_device(name):
 
 # --- end of copied block: pick_device ---
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--input", default="input.txt", help="UTF-8 text to learn from (input.txt)")
     parser.add_argument("--batch_size", type=int, default=32, help="sequences a step (32)")

@@ -344,8 +344,10 @@ def verify(directory):
     about = known[0] if known else {"tokenizer": "gpt2", "vocab_size": 50257, "eot_token": 50256}
     told = {shard["file"]: (shard["tokens"], shard["sha256"]) for one in known for shard in one["shards"]}
     names = sorted(name for name in os.listdir(directory) if name.endswith((".npy", ".bin")))
+    if not names:
+        fail(f"{directory} has no shard (.npy or .bin): name a directory that does")
     enc, splits, frequency = get_tokenizer(about["tokenizer"]), {}, np.zeros(2**16, np.int64)
-    wrong = [f"{name} is missing" for name in told if name not in names] if names else ["no shard (.npy or .bin)"]
+    wrong = [f"{name} is missing" for name in told if name not in names]
     for name in tqdm(names, disable=None, leave=False):
         try:
             tokens, digest = open_shard(f"{directory}/{name}"), sha256_of(f"{directory}/{name}")
@@ -358,7 +360,7 @@ def verify(directory):
             wrong.append(f"{name} has token {np.flatnonzero(count)[-1]}, beyond the vocabulary")
         if told and told.get(name) != (len(tokens), digest):
             wrong.append(f"{name} is not as described: {len(tokens)} tokens, SHA-256 {digest}")
-        split = splits.setdefault("val" if "val" in name else "train", [0, 0, 0, tokens[:50].tolist()])
+        split = splits.setdefault("val" if "_val_" in name else "train", [0, 0, 0, tokens[:50].tolist()])
         split[:3] = split[0] + 1, split[1] + len(tokens), split[2] + int(count[about["eot_token"]])
     print(f"{directory}: {about['tokenizer']} tokens, {'SHA-256 compared' if told else 'no SHA-256 known'}")
     for split, (shards, number, documents, ids) in splits.items():

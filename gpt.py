@@ -12,6 +12,7 @@ the model with the lowest validation loss: 1.76 nats a character on Tiny Shakesp
 import argparse
 import math
 import os
+import signal
 import sys
 from copy import deepcopy
 
@@ -24,6 +25,7 @@ try:
 except ImportError:  # the evaluation lines are the progress then
     tqdm = None
 
+WARMUP_STEPS = 100
 PRESETS = {
     "full": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2)
     | dict(batch_size=64, max_steps=5000, learning_rate=1e-3),
@@ -42,8 +44,8 @@ def causal_attention(q, k, v):
     """
     T, hs = q.shape[-2:]
     scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, hs) @ (B, nh, hs, T) -> (B, nh, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # True above the diagonal
-    weights = F.softmax(scores.masked_fill(future, float("-inf")), dim=-1)  # each row sums to 1
+    is_future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # True above the diagonal
+    weights = F.softmax(scores.masked_fill(is_future, float("-inf")), dim=-1)  # each row sums to 1
     return weights @ v  # (B, nh, T, T) @ (B, nh, T, hs) -> (B, nh, T, hs)
 
 
@@ -55,7 +57,7 @@ class MultiHeadAttention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # q, k, v of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)  # of the result; dropping weights would rule out the fused kernel
+        self.dropout = nn.Dropout(config.dropout)  # of the result alone: a CPU's fused kernel cannot drop weights
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
@@ -82,7 +84,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Communication, then computation; each adds its result to x, a road for the gradient."""
+    """Communication, then computation; each adds to x (a residual connection), so gradients flow past it unchanged."""
 
     def __init__(self, config):
         super().__init__()
@@ -97,7 +99,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, n_layer blocks, a final norm and a linear head."""
+    """Token and position embeddings (wte, wpe), n_layer blocks (h), a final norm, a linear head; names as in GPT-2."""
 
     def __init__(self, config):
         super().__init__()
@@ -123,14 +125,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, generator, temperature=1.0, top_k=0, stop=None):
-        """Extend idx (1, T) by n <= max_new_tokens characters to (1, T + n); the ids in stop, if new, end it."""
+        """Extend idx (1, T) by n <= max_new_tokens characters to (1, T + n), fewer once the new ones end with stop."""
         self.eval()
         T = idx.shape[1]
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size :])[0][:, -1]  # (1, V)
             if top_k:  # the k likeliest characters stay possible
-                kept, _ = logits.topk(min(top_k, logits.shape[-1]))  # (1, k), largest first
-                logits = logits.masked_fill(logits < kept[:, -1:], float("-inf"))
+                top_logits, _ = logits.topk(min(top_k, logits.shape[-1]))  # (1, k), largest first
+                logits = logits.masked_fill(logits < top_logits[:, -1:], float("-inf"))
             if temperature:  # below 1 the likely become likelier still
                 probs = F.softmax(logits / temperature, dim=-1)  # (1, V)
                 next_idx = torch.multinomial(probs, 1, generator=generator)  # (1, 1)
@@ -253,7 +255,7 @@ def train(args):
         if step == args.max_steps:
             break
         for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, args.learning_rate, 100, args.max_steps)
+            group["lr"] = get_lr(step, args.learning_rate, WARMUP_STEPS, args.max_steps)
         _, loss = model(*get_batch(train_data, args.batch_size, args.block_size, generator))
         optimizer.zero_grad()
         loss.backward()
@@ -265,6 +267,7 @@ def train(args):
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
     add = parser.add_argument_group("data and device").add_argument
@@ -305,8 +308,8 @@ def main():
             fail(f"--{name} is {value}: it must be {'0 or more' if zero_is_fine else 'above 0'}")
     if args.dropout >= 1:
         fail(f"--dropout is {args.dropout}: it must be below 1")
-    if args.save and (os.path.isdir(args.save) or not os.path.isdir(os.path.dirname(args.save) or ".")):
-        fail(f"--save {args.save} cannot be a file: name one in a folder that exists")
+    if args.save and (os.path.isdir(args.save) or not os.access(os.path.dirname(args.save) or ".", os.W_OK)):
+        fail(f"--save {args.save} cannot be written: name a file in a folder that exists")
     if args.n_embd % args.n_head:
         fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: change either")
 
@@ -314,8 +317,11 @@ def main():
     model, chars = load_model(args.load, args.device) if args.load else train(args)
     if args.save:
         config = {name: value for name, value in vars(model.config).items() if name != "device"}
-        torch.save({"model": model.state_dict(), "config": config, "chars": chars}, f"{args.save}.tmp")
-        os.replace(f"{args.save}.tmp", args.save)  # whole or not at all
+        try:
+            torch.save({"model": model.state_dict(), "config": config, "chars": chars}, f"{args.save}.tmp")
+            os.replace(f"{args.save}.tmp", args.save)  # whole or not at all
+        except (OSError, RuntimeError) as error:
+            print(f"error: cannot write --save {args.save} ({type(error).__name__})", file=sys.stderr)
     prompt, stop = encode(args.prompt or chars[0], chars, "--prompt"), encode(args.stop, chars, "--stop")
     idx = torch.tensor([prompt], device=args.device)  # (1, T)
     generator = torch.Generator(args.device).manual_seed(args.seed)

@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
+import signal
 import sys
 import tempfile
 
@@ -119,6 +119,7 @@ def write_shards(out_dir, parts, tokenizer, source):
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
     add = parser.add_argument
@@ -160,7 +161,9 @@ def main():
         if all(os.path.isfile(path) and sha256_of(path) == sha256 for path, sha256 in wanted.items()):
             print(f"{args.out_dir} already holds these shards")
             return
-        shutil.rmtree(args.out_dir)
+        for path in (*wanted, f"{args.out_dir}/meta.json"):  # damaged: make them again
+            if os.path.isfile(path):
+                os.remove(path)
     try:
         meta = write_shards(args.out_dir, {"train": text[:n], "val": text[n:]}, args.tokenizer, source)
     except OSError as error:

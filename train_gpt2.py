@@ -683,6 +683,7 @@ def largest_micro_batch(model, limit, device, autocast):
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     args, started = parse_args(), time.monotonic()
 
     # One process a device; torchrun tells each which it is.
@@ -724,6 +725,8 @@ def main():
         args.compile = device.type == "cuda"
 
     # A new run, or one that goes on from the newest checkpoint that is as it was written.
+    if args.resume not in (None, "newest") and not os.path.isdir(args.resume):
+        fail(f"--resume {args.resume} does not exist: name a checkpoint, or none to take the newest in --log_dir")
     resume_dir = None if args.resume in (None, "newest") else os.path.realpath(args.resume)
     holds_run = list_checkpoints(args.log_dir) or os.path.exists(f"{args.log_dir}/log.txt")
     if holds_run and (not args.resume or resume_dir and os.path.dirname(resume_dir) != os.path.realpath(args.log_dir)):
