@@ -772,7 +772,11 @@ def main():
     # What wraps the model shares its weights; evaluation and sampling use raw_model.
     windows_per_rank = args.total_batch_size // args.block_size // world_size
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend, store = "nccl" if device.type == "cuda" else "gloo", None
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store keeps dead processes' addresses at a restart
+            store = next(dist.rendezvous("env://"))[0]
+            store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     log_file = open_log(args.log_dir, start_step) if rank == 0 else None  # now that no rank looks for a run any more
     if args.micro_batch_size is None:
         limit = math.gcd(windows_per_rank, 64)  # a power of two; beyond it GPUs gain no speed
@@ -897,4 +901,14 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (SystemExit, Exception) as error:
+        if "RANK" not in os.environ:
+            raise
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            cause = str(error).partition(". ")[0]
+            say(f"error: rank {os.environ['RANK']} lost another ({cause}): --resume goes on", file=sys.stderr)
+        elif not isinstance(error, SystemExit):
+            sys.excepthook(*sys.exc_info())
+        os._exit(error.code if isinstance(error, SystemExit) else 1)  # an orderly exit could wait for a dead rank
