@@ -25,9 +25,9 @@ import signal
 import struct
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import requests
@@ -245,6 +245,7 @@ class GPT(nn.Module):
 
 # ----------------------------------------------------------------------------------------- data
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
 
 
 # --- copied block: get_tokenizer ---
@@ -295,19 +296,27 @@ def open_shard(path):
 
 
 # --- end of copied block: read_shard ---
+# --- copied block: sha256_of ---
+def sha256_of(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- end of copied block: sha256_of ---
 def read_meta(data_dir):
     """The meta.json of a data set, or, for foreign shards that have none, what GPT-2's would say."""
     try:
         with open(f"{data_dir}/meta.json", encoding="utf-8") as file:
             meta = json.load(file)
         sizes = {shard["file"]: int(shard["tokens"]) for shard in meta["shards"]}
-        checksums = [shard["sha256"] for shard in meta["shards"]]
-        if meta["tokenizer"] not in ("gpt2", "bytes"):
-            raise ValueError(f"unknown tokenizer {meta['tokenizer']!r}")
-        vocab_size = int(meta["vocab_size"])
-        return {"tokenizer": meta["tokenizer"], "vocab_size": vocab_size, "sizes": sizes, "checksums": checksums}
+        checksums = {shard["file"]: shard["sha256"] for shard in meta["shards"]}
+        tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
+        if VOCAB_SIZES.get(tokenizer) != vocab_size:
+            raise ValueError(f"no tokenizer {tokenizer!r} has {vocab_size} tokens")
+        return {"tokenizer": tokenizer, "vocab_size": vocab_size, "sizes": sizes, "checksums": checksums}
     except FileNotFoundError:
-        return {"tokenizer": "gpt2", "vocab_size": 50257, "sizes": {}, "checksums": []}
+        return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"], "sizes": {}, "checksums": {}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{data_dir}/meta.json cannot be read ({error!r}): make the shards again") from None
 
@@ -331,7 +340,7 @@ class Windows:
             raise ValueError(f"{data_dir} has no {missing[0] if missing else f'{split} shard'}: make the shards again")
         self.paths = [os.path.join(data_dir, name) for name in names]
         self.block_size, self.seed, self.shuffle = block_size, seed, shuffle
-        self.vocab_size = meta["vocab_size"]
+        self.vocab_size, self.checksums = meta["vocab_size"], meta["checksums"]
         counts = np.array([read_header(path)[1] for path in self.paths])
         for name, count in zip(names, counts, strict=True):
             promised = meta["sizes"].get(name, "nothing") if meta["sizes"] else count
@@ -370,11 +379,18 @@ class Windows:
             window = int(self._window_order(epoch, shard)[window])
         return shard, window * self.block_size
 
+    @cache  # noqa: B019
+    def _verify(self, path):  # when a shard's turn comes: start-up would take minutes for all of them
+        promised = self.checksums.get(os.path.basename(path))
+        if promised and sha256_of(path) != promised:
+            fail(f"{path} is not as it was written: make it again and --resume", only_here=True)
+
     def batch(self, indices):
         """Inputs and targets, each int64 (B, T), of the windows whose indices are given."""
         rows = []
         for index in indices:
             shard, start = self.locate(index)
+            self._verify(self.paths[shard])
             rows.append(open_shard(self.paths[shard])[start : start + self.block_size + 1])
             if rows[-1].max() >= self.vocab_size:  # where the probe did not look
                 place = f"{self.paths[shard]} has token id {rows[-1].max()} near token {start}"
@@ -459,14 +475,6 @@ RESULT_FLAGS = (  # what a resumed run must share with its beginning: they decid
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # what Python, torch.save and save_file raise on a full disk
 
 
-# --- copied block: sha256_of ---
-def sha256_of(path):
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- end of copied block: sha256_of ---
 def list_checkpoints(log_dir):
     """The directories of the checkpoints in log_dir, oldest first."""
     names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
@@ -546,20 +554,37 @@ def lock_run(log_dir):
         fail(f"cannot write to --log_dir {log_dir} ({error.strerror}): name another directory")
 
 
-def rewind_log(path, step):
-    """Drop the lines of log.txt from step on, and a last one cut in the middle; training writes them again."""
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            kept = [line for line in file if re.fullmatch(r"\d+ \S+ \S+\n", line) and int(line.split()[0]) < step]
+def open_log(log_dir, step):
+    """log.txt, to append to, without the lines from step on or cut in the middle; exits if it cannot be written.
+
+    Removes the checkpoints that a crash left half-written, too: a full disk may need the room.
+    """
+    path, kept = f"{log_dir}/log.txt", []
+    try:
+        for entry in os.scandir(log_dir):
+            if entry.name.startswith("tmp_step_"):
+                shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                kept = [line for line in file if re.fullmatch(r"\d+ \S+ \S+\n", line) and int(line.split()[0]) < step]
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(f"{path}.tmp", path)
+        return open(path, "a", buffering=2**24, encoding="utf-8")  # what a full disk refuses waits in the buffer
+    except OSError as error:
+        fail(f"{path} cannot be written ({error.strerror}): make room, or name another --log_dir")
 
 
 # --------------------------------------------------------------------------------- command line
+def say(*lines, file=None):
+    """Print lines at once; a screen that is gone, or a file in its place on a full disk, does not end a run."""
+    with suppress(OSError):
+        print(*lines, sep="\n", file=file, flush=True)
+
+
 def warn(message):
     """Say in one line on stderr what went wrong where the run goes on."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    say(f"warning: {message}", file=sys.stderr)
 
 
 def fail(message, only_here=False):
@@ -620,13 +645,8 @@ def parse_args():
     add("--log_interval", type=int, help="steps between lines on the screen")
     add("--checkpoint_interval", type=int, help="steps between checkpoints")
     add("--keep_checkpoints", type=int, default=3, help="newest checkpoints that stay (3; 0: all)")
-    add(
-        "--resume",
-        nargs="?",
-        const="newest",
-        metavar="DIR",
-        help="go on from the checkpoint DIR (from log_dir's newest)",
-    )
+    resume = "go on from the checkpoint DIR (from log_dir's newest)"
+    add("--resume", nargs="?", const="newest", metavar="DIR", help=resume)
     add("--max_hours", type=float, default=math.inf, help="hours after which to save and stop (no limit)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (auto)")
     add("--dtype", choices=list(DTYPES), help="of matmuls (the best that the device has; float32 on a CPU)")
@@ -757,7 +777,12 @@ def main():
     # What wraps the model shares its weights; evaluation and sampling use raw_model.
     windows_per_rank = args.total_batch_size // args.block_size // world_size
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend, store = "nccl" if device.type == "cuda" else "gloo", None
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store keeps dead processes' addresses at a restart
+            store = next(dist.rendezvous("env://"))[0]
+            store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    log_file = open_log(args.log_dir, start_step) if rank == 0 else None  # now that no rank looks for a run any more
     if args.micro_batch_size is None:
         limit = math.gcd(windows_per_rank, 64)  # a power of two; beyond it GPUs gain no speed
         fits = torch.tensor(largest_micro_batch(raw_model, limit, device, autocast), device=device)
@@ -777,32 +802,23 @@ def main():
         enc = get_tokenizer(meta["tokenizer"])
     except requests.RequestException:
         why = "no samples: GPT-2's vocabulary cannot be fetched; TIKTOKEN_CACHE_DIR can name a folder that holds it\n"
-    log_file = None
     if rank == 0:
-        for name in os.listdir(args.log_dir):
-            if name.startswith("tmp_step_"):  # a checkpoint that a crash left half-written
-                shutil.rmtree(f"{args.log_dir}/{name}")
-        rewind_log(f"{args.log_dir}/log.txt", start_step)
-        log_file = open(f"{args.log_dir}/log.txt", "a", encoding="utf-8")  # noqa: SIM115, open until the end
-        print(
+        say(
             " ".join(f"--{name} {value}" for name, value in vars(args).items()),
             f"torch {torch.__version__}, {world_size} x {device}, {torch.get_num_threads()} CPU threads each",
             f"train: {train_windows.total:,} windows in {len(train_windows.paths)} shards, val: {val_windows.total:,}",
             f"{raw_model.num_params:,} parameters, {args.total_batch_size:,} tokens a step = {grad_accum_steps} x "
             f"{world_size} x {args.micro_batch_size} x {args.block_size}",
             f"{why}matmul peak {peak / 1e12:.3g} TFLOP/s in {args.dtype}, measured: mfu is the share of it",
-            sep="\n",
-            flush=True,
+            *([f"resuming at step {start_step}"] if trainer else []),
         )
-        if trainer:
-            print(f"resuming at step {start_step}", flush=True)
 
     def log(step, **values):
         try:
             if log_file:
                 log_file.writelines(f"{step} {kind} {value}\n" for kind, value in values.items())
                 log_file.flush()
-        except OSError as error:  # what was not written stays in the buffer for the next time
+        except OSError as error:
             warn(f"{args.log_dir}/log.txt cannot be written ({error.strerror}); the run goes on")
 
     caught = catch_signals()
@@ -824,10 +840,10 @@ def main():
             val_loss = evaluate(raw_model, val_windows, *val_args)
             log(step, val=f"{val_loss:.4f}")
             if rank == 0:
-                print(f"step {step:5d} | val loss: {val_loss:.4f}", flush=True)
+                say(f"step {step:5d} | val loss: {val_loss:.4f}")
                 sample_args = (enc, args.prompt, args.max_new_tokens, device, autocast)
-                for text in sample(raw_model, *sample_args) if enc else []:
-                    print(f"> {text}".replace("\n", "\n> "), flush=True)
+                for text in sample(raw_model, *sample_args) if enc and math.isfinite(val_loss) else []:
+                    say(f"> {text}".replace("\n", "\n> "))
         if last_step:
             break
 
@@ -873,14 +889,13 @@ def main():
         log(step, train=f"{mean_loss:.6f}", lr=f"{lr:.4e}", norm=f"{norm:.4f}", **{"tok/s": f"{tokens_per_second:.1f}"})
         if rank == 0 and step % args.log_interval == 0:
             mfu = 100 * flops_per_token * tokens_per_second / world_size / peak
-            print(
+            say(
                 f"step {step:5d} | loss: {mean_loss:.3f} | lr {lr:.1e} | norm: {norm:.3g} | dt: {1000 * dt:.1f}ms | "
-                f"tok/s: {tokens_per_second:.1f} | mfu: {mfu:.1f}%",
-                flush=True,
+                f"tok/s: {tokens_per_second:.1f} | mfu: {mfu:.1f}%"
             )
 
     if rank == 0 and stopping:
-        print(f"stopped by {caught[0][0] if caught else 'the clock'} at step {step}: --resume goes on", flush=True)
+        say(f"stopped by {caught[0][0] if caught else 'the clock'} at step {step}: --resume goes on")
     if world_size > 1:
         del model  # DDP holds the process group: freed by anything but the next line, gloo can deadlock at exit
         dist.destroy_process_group()
@@ -891,4 +906,14 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (SystemExit, Exception) as error:
+        if "RANK" not in os.environ:
+            raise
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            cause = str(error).partition(". ")[0]
+            say(f"error: rank {os.environ['RANK']} lost another ({cause}): --resume goes on", file=sys.stderr)
+        elif not isinstance(error, SystemExit):
+            sys.excepthook(*sys.exc_info())
+        os._exit(error.code if isinstance(error, SystemExit) else 1)  # an orderly exit could wait for a dead rank

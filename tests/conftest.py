@@ -116,10 +116,11 @@ def write_bin(path, tokens):
     Path(path).write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
 
 
-def write_data_set(directory, train, val, vocab_size=257, tokenizer="bytes"):
+def write_data_set(directory, train, val, vocab_size=257):
     """A data set with meta.json from lists of token arrays, one a shard; returns its directory."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = {257: "bytes", 50257: "gpt2"}[vocab_size]
     meta = {"tokenizer": tokenizer, "vocab_size": vocab_size, "eot_token": vocab_size - 1, "source": {}, "shards": []}
     for split, shards in (("train", train), ("val", val)):
         for i, tokens in enumerate(shards):

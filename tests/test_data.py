@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, TINY, call, load, losses, read_windows, write_bin, write_data_set, write_npy
 
 train_gpt2 = load("train_gpt2")
-VOCAB = 600  # ids above a byte's let every token of a small data set be another: its value tells its place
+VOCAB = 50257  # of GPT-2: every token of a small data set can be another, so that its value tells its place
 
 
 def unique_shards(*sizes):
@@ -194,7 +194,7 @@ def test_foreign_directories_train_as_our_own_shards_do(tmp_path):
     rng = np.random.default_rng(0)
     train = [np.append(rng.integers(50257, size=n), 50256) for n in (300, 420)]
     val = [rng.integers(50257, size=200)]
-    write_data_set(tmp_path / "ours", train, val, 50257, "gpt2")
+    write_data_set(tmp_path / "ours", train, val, 50257)
     for name, write, prefix in (("nanogpt", write_npy, "edufineweb"), ("llmc", write_bin, "fineweb")):
         (tmp_path / name).mkdir()
         for split, shards in (("val", val), ("train", train)):

@@ -219,7 +219,7 @@ def test_sixteen_bits_train_nearly_as_thirty_two(same_steps, byte_shards, tmp_pa
 
 def test_run_without_the_vocabulary_trains_without_samples(tmp_path):
     """GPT-2 shards, no network and an empty cache: one line says why there are no samples."""
-    write_data_set(tmp_path / "data", [np.arange(400)], [np.arange(100)], 50257, "gpt2")
+    write_data_set(tmp_path / "data", [np.arange(400)], [np.arange(100)], 50257)
     flags = [*TINY, "--max_steps", 1, "--data_dir", tmp_path / "data", "--log_dir", tmp_path / "log"]
     done = run("train_gpt2", *flags, env={"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty")})
     assert done.returncode == 0, done.stderr
