@@ -590,10 +590,11 @@ def warn(message):
 def fail(message, only_here=False):
     """Report a user's mistake in one line on stderr and exit with status 2.
 
-    Under torchrun all processes find most mistakes, and the first reports them; only_here: this one alone did.
+    Under torchrun all processes find most mistakes and the first reports them; only_here: this one alone did.
     """
-    if only_here or os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+    if not only_here and os.environ.get("RANK", "0") != "0":
+        time.sleep(20)  # the first one's exit ends this process meanwhile, unless it found nothing
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
