@@ -610,6 +610,11 @@ def pick_device(name):
 
 
 # --- end of copied block: pick_device ---
+def size_or_auto(text):
+    """An argparse type: a whole number, or None for "auto"."""
+    return None if text == "auto" else int(text)
+
+
 def parse_args():
     """The flags, with the preset's values for those not given; exits at one that cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -630,7 +635,8 @@ def parse_args():
     add("--dropout", type=float, default=0.0, help="share of activations zeroed in training (0.0)")
     add = parser.add_argument_group("optimization").add_argument
     add("--total_batch_size", type=int, help="tokens a step, over all processes")
-    add("--micro_batch_size", type=int, help="sequences in memory at a time, a process (on a GPU: what fits)")
+    micro = "sequences in memory at a time, a process (auto: what fits on a GPU, a few on a CPU)"
+    add("--micro_batch_size", type=size_or_auto, metavar="N", help=micro)
     add("--max_steps", type=int, help="training steps")
     add("--learning_rate", type=float, help="its peak; cosine to a tenth of it at max_steps")
     add("--warmup_steps", type=int, help="steps of linear warmup")
