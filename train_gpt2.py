@@ -43,9 +43,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 # Presets are defaults of flags. Learning rates are GPT-3's for models of these sizes (table 2.1 of
 # "Language Models are Few-Shot Learners", 2020), as are the batch of half a million tokens and the
 # 375M tokens of warmup; 19,073 steps are one pass over 10B tokens.
-GPT2 = dict(data_dir="edu_fineweb10B", block_size=1024, total_batch_size=524288)
-GPT2 |= dict(max_steps=19073, warmup_steps=715, eval_interval=250, val_tokens=10485760, checkpoint_interval=1000)
-GPT2 |= dict(log_interval=1, prompt="Hello, I'm a language model,", max_new_tokens=48)
+GPT2 = (
+    dict(data_dir="edu_fineweb10B", block_size=1024, total_batch_size=524288, log_interval=1)
+    | dict(max_steps=19073, warmup_steps=715, eval_interval=250, val_tokens=10485760, checkpoint_interval=1000)
+    | dict(prompt="Hello, I'm a language model,", max_new_tokens=48)
+)
 PRESETS = {
     "gpt2": GPT2 | dict(n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4),
     "gpt2-medium": GPT2 | dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4),
