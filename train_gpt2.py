@@ -46,7 +46,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 GPT2 = (
     dict(data_dir="edu_fineweb10B", block_size=1024, total_batch_size=524288, log_interval=1)
     | dict(max_steps=19073, warmup_steps=715, eval_interval=250, val_tokens=10485760, checkpoint_interval=1000)
-    | dict(prompt="Hello, I'm a language model,", max_new_tokens=48)
+    | dict(hellaswag_interval=250, prompt="Hello, I'm a language model,", max_new_tokens=48)
+    | dict(optimizer="adamw", schedule="cosine")
 )
 PRESETS = {
     "gpt2": GPT2 | dict(n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4),
@@ -55,12 +56,14 @@ PRESETS = {
     "gpt2-xl": GPT2 | dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4),
     "shakespeare": dict(data_dir="shakespeare", block_size=64, total_batch_size=1024)
     | dict(max_steps=1500, warmup_steps=100, eval_interval=250, val_tokens=48000, checkpoint_interval=500)
-    | dict(log_interval=10, prompt="\n", max_new_tokens=192)
+    | dict(log_interval=10, hellaswag_interval=0, prompt="\n", max_new_tokens=192)
+    | dict(optimizer="adamw", schedule="cosine")
     | dict(n_layer=4, n_head=4, n_embd=128, learning_rate=3e-3),
 }
 
 
 # ---------------------------------------------------------------------------------------- model
+# --- copied block: read_pretrained ---
 ACTIVATIONS = {  # by Hugging Face's names; gelu_new is GPT-2's
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
@@ -69,6 +72,53 @@ ACTIVATIONS = {  # by Hugging Face's names; gelu_new is GPT-2's
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face stores these transposed: (in, out)
 
 
+def read_pretrained(directory_or_name):
+    """The (config, tensors by name) of a GPT-2 in a directory, ours or Hugging Face's, or of a name on its hub.
+
+    config is config.json's object with GPT-2's defaults for what it leaves out, tensors are as the file holds
+    them, without their prefix "transformer.". Raises ValueError, in one line, where there is no GPT-2 that
+    these scripts can compute, and OSError where a name cannot be fetched.
+    """
+    directory = directory_or_name
+    if not os.path.isdir(directory):
+        from huggingface_hub import snapshot_download
+
+        directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
+    defaults = {"n_positions": 1024, "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    try:
+        with open(f"{directory}/config.json", encoding="utf-8") as file:
+            config = defaults | json.load(file)
+        if config.get("model_type") != "gpt2":
+            raise ValueError(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
+        unlike = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+        unlike = [name for name, value in unlike.items() if config.get(name, value) != value]
+        if config["activation_function"] not in ACTIVATIONS or unlike:
+            what = unlike[0] if unlike else "activation_function"
+            raise ValueError(f"its {what} is {config[what]!r}, which GPT-2 does not have")
+        tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
+        V, C, n_inner = config["vocab_size"], config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
+        shapes = {"wte.weight": (V, C), "wpe.weight": (config["n_positions"], C)}
+        linears = {
+            "attn.c_attn": (C, 3 * C),
+            "attn.c_proj": (C, C),
+            "mlp.c_fc": (C, n_inner),
+            "mlp.c_proj": (n_inner, C),
+        }
+        for i in range(config["n_layer"]):
+            for name, shape in linears.items():
+                shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
+        norms = [f"h.{i}.{name}" for i in range(config["n_layer"]) for name in ("ln_1", "ln_2")] + ["ln_f"]
+        shapes |= {f"{name}.{part}": (C,) for name in norms for part in ("weight", "bias")}
+        for name, shape in shapes.items():
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            if found != shape:
+                raise ValueError(f"{name} is {found}, config.json asks for {shape}")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{directory} holds no GPT-2: {error}") from None
+    return config, {name: tensors[name] for name in shapes}
+
+
+# --- end of copied block: read_pretrained ---
 @dataclass
 class GPTConfig:
     """The shape of a GPT-2; the defaults are the 124M model's."""
@@ -206,42 +256,22 @@ class GPT(nn.Module):
             json.dump(hugging_face, file, indent=2)
 
     @classmethod
-    def from_pretrained(cls, directory_or_name):
-        """The GPT-2 in a directory (ours or Hugging Face's), or of a name on the Hugging Face hub.
+    def from_pretrained(cls, directory_or_name, **overrides):
+        """The GPT-2 in a directory, ours or Hugging Face's, or of a name on its hub; raises as read_pretrained.
 
-        Raises ValueError, in one line, where there is none, and OSError where a name cannot be fetched.
+        overrides are fields of GPTConfig: another dropout, or a smaller block_size, which crops the positions.
         """
-        directory = directory_or_name
-        if not os.path.isdir(directory):
-            from huggingface_hub import snapshot_download
-
-            directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
-        try:
-            with open(f"{directory}/config.json", encoding="utf-8") as file:
-                found = json.load(file)
-            tensors = load_file(f"{directory}/model.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{directory} holds no model: {error}") from None
-        if found.get("model_type") != "gpt2":
-            raise ValueError(f"{directory} holds a model of type {found.get('model_type')!r}, not 'gpt2'")
-        known = {k: found[k] for k in GPTConfig.__annotations__ if k in found}
-        if known.get("activation_function", "gelu_new") not in ACTIVATIONS:
-            raise ValueError(
-                f"{directory}: activation_function {known['activation_function']!r} is not among {[*ACTIVATIONS]}"
-            )
-        model = cls(
-            GPTConfig(**known, block_size=found.get("n_positions", 1024), dropout=found.get("resid_pdrop", 0.1))
-        )
-        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        config, tensors = read_pretrained(directory_or_name)
+        config |= {"block_size": config["n_positions"], "dropout": config.get("resid_pdrop", 0.1)} | overrides
+        if config["block_size"] > config["n_positions"]:
+            most = f"{directory_or_name} has {config['n_positions']} positions"
+            raise ValueError(f"{most}, too few for block_size {config['block_size']}: shorten it")
+        tensors["wpe.weight"] = tensors["wpe.weight"][: config["block_size"]]
+        model = cls(GPTConfig(**{name: config[name] for name in GPTConfig.__annotations__ if name in config}))
         for name, parameter in model.named_parameters():
-            tensor = tensors.get(name)
             target = parameter[: model.config.vocab_size] if name == "wte.weight" else parameter
-            target = target.T if name.endswith(CONV1D) else target
-            if tensor is None or tensor.shape != target.shape:
-                shape = "missing" if tensor is None else tuple(tensor.shape)
-                raise ValueError(f"{directory}: {name} is {shape}, config.json asks for {tuple(target.shape)}")
             with torch.no_grad():
-                target.copy_(tensor)
+                target.copy_(tensors[name].T if name.endswith(CONV1D) else tensors[name])
         return model
 
 
@@ -316,9 +346,10 @@ def read_meta(data_dir):
         tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
         if VOCAB_SIZES.get(tokenizer) != vocab_size:
             raise ValueError(f"no tokenizer {tokenizer!r} has {vocab_size} tokens")
-        return {"tokenizer": tokenizer, "vocab_size": vocab_size, "sizes": sizes, "checksums": checksums}
+        source = meta.get("source")
+        return dict(tokenizer=tokenizer, vocab_size=vocab_size, source=source, sizes=sizes, checksums=checksums)
     except FileNotFoundError:
-        return {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"], "sizes": {}, "checksums": {}}
+        return dict(tokenizer="gpt2", vocab_size=VOCAB_SIZES["gpt2"], source=None, sizes={}, checksums={})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{data_dir}/meta.json cannot be read ({error!r}): make the shards again") from None
 
@@ -410,19 +441,26 @@ def to_device(batch, device):
 
 
 @torch.no_grad()
-def evaluate(model, windows, val_tokens, batch_size, rank, world_size, device, autocast):
-    """Mean loss in nats over the first val_tokens of a split, the same windows whatever the world size."""
+def evaluate(model, windows, val_tokens, batch_size, rank, world_size, device, autocast, caught=()):
+    """Mean loss in nats over the first val_tokens of a split, the same windows whatever the world size.
+
+    None if any rank has caught a signal: it leaves its share undone.
+    """
     model.eval()
     n = max(1, min(val_tokens // windows.block_size, windows.total))
-    total = torch.zeros((), device=device)
+    total = torch.zeros(2, device=device)  # the sum of the losses, and how many ranks are to stop
     for first in range(rank * batch_size, n, world_size * batch_size):
+        if caught:
+            total[1] = 1
+            break
         indices = range(first, min(first + batch_size, n))
         x, y = to_device(windows.batch(indices), device)
         with autocast:
-            total += model(x, y)[1] * len(indices)
+            total[0] += model(x, y)[1] * len(indices)
     if world_size > 1:
         dist.all_reduce(total)
-    return total.item() / n
+    loss, stopped = total.tolist()
+    return None if stopped else loss / n
 
 
 def sample(model, enc, prompt, max_new_tokens, device, autocast):
@@ -447,14 +485,75 @@ def get_lr(step, learning_rate, warmup_steps, max_steps):
 
 
 # --- end of copied block: get_lr ---
-def make_optimizer(model, learning_rate, weight_decay, device):
-    """AdamW as GPT-3's, decaying matrices and embeddings but neither biases nor norms."""
+def get_linear_lr(step, learning_rate, warmup_steps, max_steps):
+    """The learning rate of a step: a linear warmup, a plateau, then over the last 60 % of steps straight to zero."""
+    return learning_rate * min(1.0, (step + 1) / max(1, warmup_steps), (max_steps - step) / (0.6 * max_steps))
+
+
+SCHEDULES = {"cosine": get_lr, "linear": get_linear_lr}
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update is made orthogonal, for the matrices of the blocks ("Muon", Jordan et al., 2024).
+
+    The numbers are torch.optim.Muon's with adjust_lr_fn="match_rms_adamw" (which takes AdamW's learning rates).
+    Beyond it, q, k and v are matrices of their own, the ranks share the work, and a CPU, whose bfloat16
+    is slow, computes in float32. The momentum stands on every rank: checkpoints fit any number of them.
+    """
+
+    def __init__(self, blocks, learning_rate, weight_decay, rank, world_size):
+        matrices = [p for p in blocks.parameters() if p.dim() == 2]
+        fused = [p for name, p in blocks.named_parameters() if name.endswith("c_attn.weight")]
+        self.parts = {p: 3 if any(p is q for q in fused) else 1 for p in matrices}  # matrices on top of each other
+        self.rank, self.world_size = rank, world_size
+        super().__init__(matrices, dict(lr=learning_rate, weight_decay=weight_decay, momentum=0.95))
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        sent = []
+        for i, p in enumerate(group["params"]):
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            owner = i % self.world_size
+            if owner == self.rank:
+                update = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
+                update = orthogonalize(update.view(self.parts[p], -1, p.shape[1]))  # (parts, out, in)
+                scale = 0.2 * max(update.shape[1:]) ** 0.5  # the RMS of AdamW's updates is about 0.2
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
+            if self.world_size > 1:
+                sent.append(dist.broadcast(p, src=owner, async_op=True))
+        for work in sent:
+            work.wait()
+
+
+def orthogonalize(x, steps=5):
+    """The matrices x (..., m, n) with all singular values moved near 1, by Newton and Schulz's iteration.
+
+    A quintic whose coefficients are chosen to lift small singular values fast; they end between 0.7 and 1.2.
+    """
+    x = x.bfloat16() if x.device.type == "cuda" else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1
+    x = x.mT if (tall := x.shape[-2] > x.shape[-1]) else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def make_optimizers(model, name, learning_rate, weight_decay, device, rank, world_size):
+    """AdamW as GPT-3's for all parameters, or for those that Muon is not for; biases and norms do not decay."""
+    optimizers, parameters = [], list(model.parameters())
+    if name == "muon":
+        optimizers = [Muon(model.h, learning_rate, weight_decay, rank, world_size)]
+        parameters = [p for p in parameters if p not in optimizers[0].parts]
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() == 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    return [*optimizers, torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)]
 
 
 def matmul_peak(device, dtype):
@@ -471,8 +570,9 @@ def matmul_peak(device, dtype):
 
 # ----------------------------------------------------------------------------------- checkpoints
 RESULT_FLAGS = (  # what a resumed run must share with its beginning: they decide what the model becomes
-    *("data", "shuffle", "seed", "n_layer", "n_head", "n_embd", "n_inner", "block_size", "activation_function"),
+    *("data", "shuffle", "seed", "n_layer", "n_head", "n_embd", "block_size"),
     *("dropout", "total_batch_size", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "grad_clip"),
+    *("optimizer", "schedule"),
 )
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # what Python, torch.save and save_file raise on a full disk
 
@@ -484,7 +584,7 @@ def list_checkpoints(log_dir):
     return [f"{log_dir}/{name}" for name in sorted(names, key=lambda name: int(name[5:]))]
 
 
-def save_checkpoint(log_dir, step, model, optimizer, scaler, args):
+def save_checkpoint(log_dir, step, model, optimizers, scaler, args):
     """Write log_dir/step_NNNNNN, whole or not at all, and drop the oldest beyond args.keep_checkpoints.
 
     model.safetensors and config.json are a Hugging Face model, trainer.pt holds what only training needs, and
@@ -494,7 +594,8 @@ def save_checkpoint(log_dir, step, model, optimizer, scaler, args):
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary)
-        trainer = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "args": vars(args)}
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        trainer = {"step": step, "optimizers": states, "scaler": scaler.state_dict(), "args": vars(args)}
         torch.save(trainer, f"{temporary}/trainer.pt")
         checksums = {name: sha256_of(f"{temporary}/{name}") for name in sorted(os.listdir(temporary))}
         with open(f"{temporary}/sha256.json", "w", encoding="utf-8") as file:
@@ -519,7 +620,7 @@ def fsync(path):
         os.close(fd)
 
 
-def load_checkpoint(path, args, config):
+def load_checkpoint(path, args):
     """The (model, content of trainer.pt) of a checkpoint; raises ValueError, in one line, if it is damaged.
 
     Exits if the checkpoint is of a run with other flags, other data or another tokenizer.
@@ -532,14 +633,16 @@ def load_checkpoint(path, args, config):
                 raise ValueError(f"{name} is not as it was written")
         trainer = torch.load(f"{path}/trainer.pt", map_location="cpu", weights_only=True)
         was = {name: trainer["args"][name] for name in RESULT_FLAGS}
-        model = GPT.from_pretrained(path)
+        model = GPT.from_pretrained(path, dropout=args.dropout)
     except Exception as error:  # damaged files fail in many ways
         raise ValueError(f"{path} is damaged ({error!r})") from None
+    was_plateau = args.schedule == "linear" and trainer["step"] <= 0.4 * min(args.max_steps, was["max_steps"])
+    if was_plateau:  # nothing that was done depends on where the plateau ends
+        del was["max_steps"]
     for name, value in was.items():
         if value != getattr(args, name):
             seen, what = getattr(args, name), "the data in --data_dir" if name == "data" else f"--{name}"
             fail(f"{what} is {seen}, the run in {path} has {value}: use that, or another --log_dir")
-    model.config = config
     return model, trainer
 
 
@@ -556,14 +659,15 @@ def lock_run(log_dir):
         fail(f"cannot write to --log_dir {log_dir} ({error.strerror}): name another directory")
 
 
-def open_log(log_dir, step):
+def open_log(args, meta, step):
     """log.txt, to append to, without the lines from step on or cut in the middle; exits if it cannot be written.
 
-    Removes the checkpoints that a crash left half-written, too: a full disk may need the room.
+    Writes run.json, the flags and where the data are from, and removes the checkpoints that a crash left
+    half-written: a full disk may need the room.
     """
-    path, kept = f"{log_dir}/log.txt", []
+    path, kept = f"{args.log_dir}/log.txt", []
     try:
-        for entry in os.scandir(log_dir):
+        for entry in os.scandir(args.log_dir):
             if entry.name.startswith("tmp_step_"):
                 shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)
         if os.path.exists(path):
@@ -572,6 +676,9 @@ def open_log(log_dir, step):
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(f"{path}.tmp", path)
+        with open(f"{args.log_dir}/run.json.tmp", "w", encoding="utf-8") as file:
+            json.dump(vars(args) | {"tokenizer": meta["tokenizer"], "source": meta["source"]}, file, indent=1)
+        os.replace(f"{args.log_dir}/run.json.tmp", f"{args.log_dir}/run.json")
         return open(path, "a", buffering=2**24, encoding="utf-8")  # what a full disk refuses waits in the buffer
     except OSError as error:
         fail(f"{path} cannot be written ({error.strerror}): make room, or name another --log_dir")
@@ -631,22 +738,24 @@ def parse_args():
     add("--n_layer", type=int, help="blocks")
     add("--n_head", type=int, help="attention heads a block")
     add("--n_embd", type=int, help="channels, a multiple of n_head")
-    add("--n_inner", type=int, help="hidden channels of the MLP (4 * n_embd)")
     add("--block_size", type=int, help="tokens a sequence")
-    add("--activation_function", choices=list(ACTIVATIONS), default="gelu_new", help="of the MLP (gelu_new)")
+    add("--init_from", metavar="DIR|NAME", help="start from a checkpoint or a Hugging Face GPT-2; its shape is taken")
     add("--dropout", type=float, default=0.0, help="share of activations zeroed in training (0.0)")
     add = parser.add_argument_group("optimization").add_argument
     add("--total_batch_size", type=int, help="tokens a step, over all processes")
     micro = "sequences in memory at a time, a process (auto: what fits on a GPU, a few on a CPU)"
     add("--micro_batch_size", type=size_or_auto, metavar="N", help=micro)
     add("--max_steps", type=int, help="training steps")
-    add("--learning_rate", type=float, help="its peak; cosine to a tenth of it at max_steps")
+    add("--optimizer", choices=["adamw", "muon"], help="muon: for the blocks' matrices, AdamW for the rest")
+    add("--learning_rate", type=float, help="its peak")
+    add("--schedule", choices=list(SCHEDULES), help="cosine: to a tenth of the peak; linear: a plateau, then to zero")
     add("--warmup_steps", type=int, help="steps of linear warmup")
     add("--weight_decay", type=float, default=0.1, help="of matrices and embeddings (0.1)")
     add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient (1.0)")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_interval", type=int, help="steps between validations and samples")
     add("--val_tokens", type=int, help="validation tokens, at most all there are")
+    add("--hellaswag_interval", type=int, help="steps between HellaSwag evaluations (0: none)")
     add("--prompt", help="text that the two samples continue")
     add("--max_new_tokens", type=int, help="tokens a sample")
     add = parser.add_argument_group("system").add_argument
@@ -656,16 +765,26 @@ def parse_args():
     add("--keep_checkpoints", type=int, default=3, help="newest checkpoints that stay (3; 0: all)")
     resume = "go on from the checkpoint DIR (from log_dir's newest)"
     add("--resume", nargs="?", const="newest", metavar="DIR", help=resume)
-    add("--max_hours", type=float, default=math.inf, help="hours after which to save and stop (no limit)")
+    add("--max_hours", type=float, help="hours after which to save and stop (no limit)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (auto)")
     add("--dtype", choices=list(DTYPES), help="of matmuls (the best that the device has; float32 on a CPU)")
     add("--compile", action=switch, help="torch.compile the model (on GPUs)")
     args = parser.parse_args()
+    shape = [f"--{name}" for name in ("n_layer", "n_head", "n_embd") if getattr(args, name)]
+    if args.init_from and shape:
+        fail(f"{shape[0]} comes from the model that --init_from names: leave it out")
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name, value in vars(args).items():
-        zero_is_fine = name in ("seed", "dropout", "warmup_steps", "weight_decay", "keep_checkpoints")
+        zero_is_fine = name in (
+            "seed",
+            "dropout",
+            "warmup_steps",
+            "weight_decay",
+            "keep_checkpoints",
+            "hellaswag_interval",
+        )
         if type(value) in (int, float) and not (value > 0 or value == 0 and zero_is_fine):
             fail(f"--{name} is {value}: it must be {'0 or more' if zero_is_fine else 'above 0'}")
     if args.n_embd % args.n_head:
@@ -693,7 +812,7 @@ def catch_signals():
 def largest_micro_batch(model, limit, device, autocast):
     """The largest power of two of sequences, at most limit, whose step leaves a tenth of a GPU's memory free."""
     states = 8 * sum(p.numel() for p in model.parameters())  # bytes that AdamW will want for its two averages
-    size = fits = 1
+    size, fits = 1, 0
     while size <= limit:
         idx = torch.randint(model.config.vocab_size, (size, model.config.block_size), device=device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -708,7 +827,75 @@ def largest_micro_batch(model, limit, device, autocast):
         size, fits = 2 * size, size
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
+    if not fits:
+        what = f"one sequence of --block_size {model.config.block_size}"
+        fail(f"not even {what} fits into the memory of {device}: shorten it, or take a smaller model", only_here=True)
     return fits
+
+
+def open_data(args):
+    """The meta.json of --data_dir and the windows of its two splits; exits if it is not as it should be."""
+    try:
+        if not os.path.isdir(args.data_dir):
+            make = "python prepare_shakespeare.py (seconds) or python fineweb.py (hours)"
+            raise ValueError(f"--data_dir {args.data_dir} does not exist: make one with {make}")
+        meta = read_meta(args.data_dir)
+        train_windows, val_windows = (
+            Windows(args.data_dir, split, meta, args.block_size, args.seed, args.shuffle and split == "train")
+            for split in ("train", "val")
+        )
+        return meta, train_windows, val_windows
+    except (OSError, ValueError) as error:
+        fail(error)
+
+
+def new_model(args, meta):
+    """A GPT-2 of the flags' shape with random weights, or the one that --init_from names; exits if that cannot be."""
+    tokens = {"vocab_size": meta["vocab_size"], "tokenizer": meta["tokenizer"]}
+    if not args.init_from:
+        return GPT(GPTConfig(**tokens, **{k: getattr(args, k) for k in GPTConfig.__annotations__ if hasattr(args, k)}))
+    try:
+        model = GPT.from_pretrained(args.init_from, block_size=args.block_size, dropout=args.dropout)
+    except ValueError as error:
+        fail(f"--init_from: {error}")
+    except OSError as error:
+        what = str(error).strip().splitlines()[0]
+        fail(f"--init_from {args.init_from} cannot be fetched ({what}): without a network name a directory")
+    for name, value in tokens.items():
+        if getattr(model.config, name) != value:
+            what = (
+                f"{args.init_from} has {name} {getattr(model.config, name)}, the shards in {args.data_dir} have {value}"
+            )
+            fail(f"{what}: make them again with the model's tokenizer")
+    return model
+
+
+def open_run(args, model, rank):
+    """The (lock, model, content of trainer.pt or None) with which a run starts; exits if --log_dir forbids it.
+
+    A resumed run starts from --resume's checkpoint or from the newest one in --log_dir that is as it was written.
+    """
+    if args.resume not in (None, "newest") and not os.path.isdir(args.resume):
+        fail(f"--resume {args.resume} does not exist: name a checkpoint, or none to take the newest in --log_dir")
+    resume_dir = None if args.resume in (None, "newest") else os.path.realpath(args.resume)
+    holds_run = list_checkpoints(args.log_dir) or os.path.exists(f"{args.log_dir}/log.txt")
+    if holds_run and (not args.resume or resume_dir and os.path.dirname(resume_dir) != os.path.realpath(args.log_dir)):
+        fail(f"--log_dir {args.log_dir} holds a run: --resume it, name another directory, or delete it")
+    lock = lock_run(args.log_dir) if rank == 0 else None
+    candidates = [resume_dir] if resume_dir else list_checkpoints(args.log_dir)[::-1] if args.resume else []
+    damaged = []
+    for path in candidates:
+        try:
+            model, trainer = load_checkpoint(path, args)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        if damaged and rank == 0:
+            warn(f"{'; '.join(damaged)}: resuming from the one before")
+        return lock, model, trainer
+    if damaged:
+        fail(f"{damaged[0]}, and there is none before it: delete it, or name another --log_dir, to start again")
+    return lock, model, None
 
 
 def main():
@@ -728,17 +915,7 @@ def main():
         sizes = f"--micro_batch_size {args.micro_batch_size or 1} * --block_size {args.block_size}"
         whole = f"{micro_tokens} = {sizes} * {world_size} processes"
         fail(f"--total_batch_size {args.total_batch_size} is not divisible by {whole}: change one of them")
-    try:
-        if not os.path.isdir(args.data_dir):
-            make = "python prepare_shakespeare.py (seconds) or python fineweb.py (hours)"
-            raise ValueError(f"--data_dir {args.data_dir} does not exist: make one with {make}")
-        meta = read_meta(args.data_dir)
-        train_windows, val_windows = (
-            Windows(args.data_dir, split, meta, args.block_size, args.seed, args.shuffle and split == "train")
-            for split in ("train", "val")
-        )
-    except (OSError, ValueError) as error:
-        fail(error)
+    meta, train_windows, val_windows = open_data(args)
     identity = hashlib.sha256(repr((meta, train_windows.identity, val_windows.identity)).encode()).hexdigest()
     args.data = f"{meta['tokenizer']}-{identity[:12]}"  # changes with the tokens or their order
 
@@ -753,34 +930,18 @@ def main():
     if args.compile is None:
         args.compile = device.type == "cuda"
 
-    # A new run, or one that goes on from the newest checkpoint that is as it was written.
-    if args.resume not in (None, "newest") and not os.path.isdir(args.resume):
-        fail(f"--resume {args.resume} does not exist: name a checkpoint, or none to take the newest in --log_dir")
-    resume_dir = None if args.resume in (None, "newest") else os.path.realpath(args.resume)
-    holds_run = list_checkpoints(args.log_dir) or os.path.exists(f"{args.log_dir}/log.txt")
-    if holds_run and (not args.resume or resume_dir and os.path.dirname(resume_dir) != os.path.realpath(args.log_dir)):
-        fail(f"--log_dir {args.log_dir} holds a run: --resume it, name another directory, or delete it")
-    lock = lock_run(args.log_dir) if rank == 0 else None
+    # The model and the optimizers, new or as a checkpoint has them.
     torch.manual_seed(args.seed)
-    shape = {name: getattr(args, name) for name in GPTConfig.__annotations__ if hasattr(args, name)}
-    config = GPTConfig(vocab_size=meta["vocab_size"], tokenizer=meta["tokenizer"], **shape)
-    raw_model, trainer = GPT(config), None
-    candidates = [resume_dir] if resume_dir else list_checkpoints(args.log_dir)[::-1] if args.resume else []
-    damaged = []
-    while candidates and not trainer:
-        try:
-            raw_model, trainer = load_checkpoint(candidates.pop(0), args, config)
-        except ValueError as error:
-            damaged.append(str(error))
-    if damaged and not trainer:
-        fail(f"{damaged[0]}, and there is none before it: delete it, or name another --log_dir, to start again")
-    if damaged and rank == 0:
-        warn(f"{'; '.join(damaged)}: resuming from the one before")
+    raw_model = new_model(args, meta)
+    args.n_layer, args.n_head, args.n_embd = (getattr(raw_model.config, k) for k in ("n_layer", "n_head", "n_embd"))
+    lock, raw_model, trainer = open_run(args, raw_model, rank)
     start_step = trainer["step"] if trainer else 0
     raw_model.to(device)
-    optimizer = make_optimizer(raw_model, args.learning_rate, args.weight_decay, device)
+    optimizer_args = (args.optimizer, args.learning_rate, args.weight_decay, device, rank, world_size)
+    optimizers = make_optimizers(raw_model, *optimizer_args)
     if trainer:
-        optimizer.load_state_dict(trainer["optimizer"])
+        for optimizer, state in zip(optimizers, trainer["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         scaler.load_state_dict(trainer["scaler"])
 
     # What wraps the model shares its weights; evaluation and sampling use raw_model.
@@ -791,7 +952,7 @@ def main():
             store = next(dist.rendezvous("env://"))[0]
             store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    log_file = open_log(args.log_dir, start_step) if rank == 0 else None  # now that no rank looks for a run any more
+    log_file = open_log(args, meta, start_step) if rank == 0 else None  # now that no rank looks for a run any more
     if args.micro_batch_size is None:
         limit = math.gcd(windows_per_rank, 64)  # a power of two; beyond it GPUs gain no speed
         fits = torch.tensor(largest_micro_batch(raw_model, limit, device, autocast), device=device)
@@ -830,69 +991,82 @@ def main():
         except OSError as error:
             warn(f"{args.log_dir}/log.txt cannot be written ({error.strerror}); the run goes on")
 
+    def save(step):
+        nonlocal saved_step
+        try:
+            if rank == 0 and step > saved_step:
+                save_checkpoint(args.log_dir, step, raw_model, optimizers, scaler, args)
+                saved_step = step
+        except DISK_ERRORS as error:
+            warn(f"no checkpoint at step {step} ({str(error).splitlines()[0]}); the run goes on")
+
+    def windows_of(micro_step):  # counted from the first step of the run: which they are hangs on nothing else
+        first = (micro_step * world_size + rank) * args.micro_batch_size
+        return range(first, first + args.micro_batch_size)
+
+    def next_batch(micro_step):
+        return to_device(train_windows.batch(windows_of(micro_step)), device)
+
     caught = catch_signals()
     stopping, saved_step, skipped_steps = False, start_step, 0
+    x, y = next_batch(start_step * grad_accum_steps)
     for step in range(start_step, args.max_steps + 1):
         last_step = step == args.max_steps
-        due = last_step or stopping or step % args.checkpoint_interval == 0
-        if rank == 0 and step > saved_step and due:
-            try:
-                save_checkpoint(args.log_dir, step, raw_model, optimizer, scaler, args)
-                saved_step = step
-            except DISK_ERRORS as error:
-                warn(f"no checkpoint at step {step} ({str(error).splitlines()[0]}); the run goes on")
-        if stopping:
-            break
-
-        if last_step or step % args.eval_interval == 0:
-            val_args = (args.val_tokens, args.micro_batch_size, rank, world_size, device, autocast)
+        if last_step or stopping or step % args.checkpoint_interval == 0:
+            save(step)
+        if not stopping and (last_step or step % args.eval_interval == 0):
+            val_args = (args.val_tokens, args.micro_batch_size, rank, world_size, device, autocast, caught)
             val_loss = evaluate(raw_model, val_windows, *val_args)
-            log(step, val=f"{val_loss:.4f}")
-            if rank == 0:
+            stopping = val_loss is None  # the resumed run evaluates this step again
+            if not stopping:
+                log(step, val=f"{val_loss:.4f}")
+            if rank == 0 and not stopping:
                 say(f"step {step:5d} | val loss: {val_loss:.4f}")
                 sample_args = (enc, args.prompt, args.max_new_tokens, device, autocast)
                 for text in sample(raw_model, *sample_args) if enc and math.isfinite(val_loss) else []:
                     say(f"> {text}".replace("\n", "\n> "))
-        if last_step:
+        if last_step or stopping:
+            save(step)
             break
 
         # One step: the gradient of the mean loss over all its windows, a micro-batch at a time.
         start = time.perf_counter()
         model.train()
         torch.manual_seed(args.seed + step * world_size + rank)  # of dropout: it follows from the step, too
-        lr = get_lr(step, args.learning_rate, args.warmup_steps, args.max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, indices = torch.zeros((), device=device), []
-        for micro_step in range(grad_accum_steps):
-            first = ((step * grad_accum_steps + micro_step) * world_size + rank) * args.micro_batch_size
-            indices += range(first, first + args.micro_batch_size)
-            x, y = to_device(train_windows.batch(indices[-args.micro_batch_size :]), device)
-            last_micro_step = micro_step == grad_accum_steps - 1
+        loss = torch.zeros((), device=device)
+        micro_steps = range(step * grad_accum_steps, (step + 1) * grad_accum_steps)
+        for micro_step in micro_steps:
             # DDP adds up the ranks' gradients in the last backward alone; the flag covers the forward pass too.
-            with model.no_sync() if world_size > 1 and not last_micro_step else nullcontext():
+            with model.no_sync() if world_size > 1 and micro_step != micro_steps[-1] else nullcontext():
                 with autocast:
                     micro_loss = model(x, y)[1] / grad_accum_steps
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-        scaler.unscale_(optimizer)
+            x, y = next_batch(micro_step + 1)  # while a GPU still computes this one
+        lr = SCHEDULES[args.schedule](step, args.learning_rate, args.warmup_steps, args.max_steps)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
-        stop = bool(caught) or time.monotonic() - started > 3600 * args.max_hours
-        totals = torch.stack((loss / world_size, torch.tensor(float(stop), device=device)))
+        stop = caught or args.max_hours and time.monotonic() - started > 3600 * args.max_hours
+        totals = torch.stack((loss, norm, torch.tensor(float(bool(stop)), device=device))) / world_size
         if world_size > 1:
             dist.all_reduce(totals)  # all ranks agree on the loss, and on stopping
-        (mean_loss, stopping), norm = totals.tolist(), norm.item()  # waits for the device
+        mean_loss, norm, stopping = totals.tolist()  # waits for the device
         if not math.isfinite(mean_loss + norm):
             if not scaler.is_enabled():
                 if rank == 0 or not math.isfinite(loss.item()):
+                    indices = [index for micro_step in micro_steps for index in windows_of(micro_step)]
                     places = [(train_windows.paths[shard], at) for shard, at in map(train_windows.locate, indices)]
                     warn(f"step {step}, rank {rank}: loss {loss.item()}, norm {norm} on (shard, offset) {places}")
                 sys.exit(1)  # before the weights change: the newest checkpoint is good
             skipped_steps += 1  # float16 overflowed: the scaler skips this step and scales less
             log(step, skipped=skipped_steps)
-        scaler.step(optimizer)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        raw_model.zero_grad(set_to_none=True)
         dt = time.perf_counter() - start
         tokens_per_second = args.total_batch_size / dt
         log(step, train=f"{mean_loss:.6f}", lr=f"{lr:.4e}", norm=f"{norm:.4f}", **{"tok/s": f"{tokens_per_second:.1f}"})
@@ -918,11 +1092,15 @@ if __name__ == "__main__":
     try:
         main()
     except (SystemExit, Exception) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            say("error: out of memory on the device: take a smaller --micro_batch_size and --resume", file=sys.stderr)
+            error = SystemExit(2)
         if "RANK" not in os.environ:
-            raise
+            raise error
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             cause = str(error).partition(". ")[0]
-            say(f"error: rank {os.environ['RANK']} lost another ({cause}): --resume goes on", file=sys.stderr)
+            if os.environ["RANK"] == "0":
+                say(f"error: rank 0 lost another ({cause}): --resume goes on", file=sys.stderr)
         elif not isinstance(error, SystemExit):
             sys.excepthook(*sys.exc_info())
         os._exit(error.code if isinstance(error, SystemExit) else 1)  # an orderly exit could wait for a dead rank

@@ -98,7 +98,7 @@ def simulate_rank(monkeypatch, directory, log_dir, rank, world_size, micro_batch
     flags = [*TINY, "--total_batch_size", 12 * 16, "--micro_batch_size", micro_batch_size, "--max_steps", 4]
     done = call(module, *flags, "--data_dir", directory, "--log_dir", log_dir)
     assert done.returncode == 0, done.stderr
-    return seen
+    return seen[:-1]  # the last is loaded ahead, for a step that does not come
 
 
 def test_windows_of_a_step_depend_on_neither_ranks_nor_micro_batches(tmp_path, monkeypatch):

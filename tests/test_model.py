@@ -257,28 +257,38 @@ def test_future_tokens_change_no_earlier_logits():
         assert (new[:, t] - logits[:, t]).abs().max() > 1e-2
 
 
-def test_two_layers_overfit_one_batch():
-    model = GPT(tiny_config())
-    optimizer = train_gpt2.make_optimizer(model, 1e-2, 0.1, torch.device("cpu"))
-    x, y = torch.randint(257, (2, 4, 20))
-    for _ in range(100):
-        optimizer.zero_grad()
-        loss = model(x, y)[1]
-        loss.backward()
+both = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+
+
+def optimizers_of(model, name, learning_rate, weight_decay):
+    return train_gpt2.make_optimizers(model, name, learning_rate, weight_decay, torch.device("cpu"), 0, 1)
+
+
+def one_step(model, optimizers, x, y):
+    model.zero_grad()
+    loss = model(x, y)[1]
+    loss.backward()
+    for optimizer in optimizers:
         optimizer.step()
-    assert loss.item() < 0.05
+    return loss.item()
 
 
-def test_padding_stays_zero_through_training():
+@both
+def test_two_layers_overfit_one_batch(optimizer):
+    model = GPT(tiny_config())
+    optimizers = optimizers_of(model, optimizer, 1e-2, 0.1)
+    x, y = torch.randint(257, (2, 4, 20))
+    assert [one_step(model, optimizers, x, y) for _ in range(100)][-1] < 0.05
+
+
+@both
+def test_padding_stays_zero_through_training(optimizer):
     """Through weight decay, momentum and large steps the padded rows keep every bit of zero."""
     model = GPT(tiny_config(dropout=0.1))
-    optimizer = train_gpt2.make_optimizer(model, 0.1, 0.5, torch.device("cpu"))
+    optimizers = optimizers_of(model, optimizer, 0.1, 0.5)
     before = model.wte.weight[:257].detach().clone()
     for _ in range(10):
-        x, y = torch.randint(257, (2, 4, 20))
-        optimizer.zero_grad()
-        model(x, y)[1].backward()
-        optimizer.step()
+        one_step(model, optimizers, *torch.randint(257, (2, 4, 20)))
     assert (model.wte.weight[:257] - before).abs().min() > 0
     assert not model.wte.weight[257:].any()
 
@@ -324,7 +334,7 @@ def test_generate_follows_the_softmax():
 
 def test_weight_decay_reaches_matrices_alone():
     model = GPT(tiny_config())
-    optimizer = train_gpt2.make_optimizer(model, 1e-3, 0.1, torch.device("cpu"))
+    (optimizer,) = optimizers_of(model, "adamw", 1e-3, 0.1)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         small = name.endswith("bias") or "ln_" in name
@@ -332,3 +342,53 @@ def test_weight_decay_reaches_matrices_alone():
     assert not decay
     for group in optimizer.param_groups:
         assert (tuple(group["betas"]), group["eps"]) == ((0.9, 0.95), 1e-8)
+
+
+# ----------------------------------------------------------------------------------------- muon
+@pytest.mark.parametrize("shape", [(3, 40, 40), (1, 24, 80), (1, 80, 24)], ids=str)
+def test_orthogonalize_brings_singular_values_near_one_and_keeps_their_vectors(shape):
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    y = train_gpt2.orthogonalize(u @ torch.diag(torch.logspace(1, -1, u.shape[-1])) @ v)  # from 10 down to 0.1
+    rotated = u.mT @ y @ v.mT  # diagonal where singular vectors are the same
+    diagonal = rotated.diagonal(dim1=-2, dim2=-1)
+    assert (rotated - torch.diag_embed(diagonal)).abs().max() < 1e-3
+    assert diagonal.min() > 0.5 and diagonal.max() < 1.3
+
+
+def test_muon_is_torchs_on_every_matrix_with_q_k_and_v_apart():
+    """Three steps against torch.optim.Muon, which computes in bfloat16, step by step."""
+    model = randomize(GPT(tiny_config(n_inner=48)))
+    theirs = {}  # our parameter: its matrices, q, k and v apart
+    for name, p in model.h.named_parameters():
+        if p.dim() == 2:
+            theirs[p] = [torch.nn.Parameter(part.clone()) for part in p.detach().chunk(3 if "c_attn" in name else 1)]
+    settings = dict(lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon([part for parts in theirs.values() for part in parts], **settings)
+    muon, adamw = optimizers_of(model, "muon", 0.1, 0.2)
+    assert {id(p) for p in theirs} == {id(p) for p in muon.param_groups[0]["params"]}
+    rest = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert rest == {id(p) for p in model.parameters()} - {id(p) for p in theirs}
+    for _ in range(3):
+        for p, parts in theirs.items():
+            p.grad = torch.randn_like(p)
+            for part, grad in zip(parts, p.grad.chunk(len(parts)), strict=True):
+                part.grad = grad
+        before = {p: p.detach().clone() for p in theirs}
+        muon.step()
+        reference.step()
+        for p, parts in theirs.items():
+            moved = (p - before[p]).norm()
+            assert (p - torch.cat(parts)).norm() < 0.03 * moved  # bfloat16 has 8 bits
+            with torch.no_grad():
+                p.copy_(torch.cat(parts))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_schedules_warm_up_to_the_peak_and_end_low(schedule):
+    get = train_gpt2.SCHEDULES[schedule]
+    rates = [get(step, 2.0, 10, 100) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert max(rates) == 2.0 and all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[-1] == pytest.approx({"cosine": 0.2, "linear": 0.0}[schedule])
+    if schedule == "linear":
+        assert set(rates[10:41]) == {2.0} and rates[70] == pytest.approx(1.0)
