@@ -38,7 +38,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tiktoken.load import read_file_cached
 from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
 
 # Presets are defaults of flags. Learning rates are GPT-3's for models of these sizes (table 2.1 of
 # "Language Models are Few-Shot Learners", 2020), as are the batch of half a million tokens and the
@@ -262,6 +264,7 @@ class GPT(nn.Module):
         overrides are fields of GPTConfig: another dropout, or a smaller block_size, which crops the positions.
         """
         config, tensors = read_pretrained(directory_or_name)
+        config = {"tokenizer": "bytes" if config["vocab_size"] == VOCAB_SIZES["bytes"] else "gpt2"} | config
         config |= {"block_size": config["n_positions"], "dropout": config.get("resid_pdrop", 0.1)} | overrides
         if config["block_size"] > config["n_positions"]:
             most = f"{directory_or_name} has {config['n_positions']} positions"
@@ -296,6 +299,18 @@ def get_tokenizer(name):
 
 
 # --- end of copied block: get_tokenizer ---
+def tokenizer_files(name):
+    """What a checkpoint holds so that transformers finds its tokenizer: {file: bytes}; raises as get_tokenizer."""
+    if name == "gpt2":  # tiktoken has the two files of OpenAI's release in its cache
+        url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+        names = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
+        return {file: read_file_cached(f"{url}/{theirs}") for file, theirs in names.items()}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as they are
+    others = [byte for byte in range(256) if byte not in printable]  # and these as the characters from 256 on
+    vocab = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {"vocab.json": json.dumps(vocab | {"<|endoftext|>": 256}).encode(), "merges.txt": b"#version: 0.2\n"}
+
+
 # --- copied block: read_shard ---
 NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(..)\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d+),\), \}", re.S
@@ -463,6 +478,101 @@ def evaluate(model, windows, val_tokens, batch_size, rank, world_size, device, a
     return None if stopped else loss / n
 
 
+# --- copied block: read_hellaswag ---
+HELLASWAG_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+HELLASWAG_PATH = "hellaswag/hellaswag_val.jsonl"
+HELLASWAG_SIZE = 10042  # examples
+
+
+def read_hellaswag(path, enc, size=None):
+    """The examples of a file, tokenised: (ind, label, context, endings), the last a list of ids and four lists.
+
+    A line is a JSON object with the authors' number of the example ("ind"), the number of the right ending
+    ("label", 0 to 3), the context ("ctx") and "endings". Raises ValueError, in one line, where there is
+    another line or not size of them, and OSError where there is no file.
+    """
+    examples = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                example = json.loads(line)
+                ind, label, context, endings = (example[name] for name in ("ind", "label", "ctx", "endings"))
+                if type(label) is not int or label not in range(4):
+                    raise ValueError(f"its label is {label!r}, not 0, 1, 2 or 3")
+                if [type(text) for text in (context, *endings)] != 5 * [str] or not context:
+                    raise ValueError("its ctx and endings are not a text and four texts")
+            except (ValueError, KeyError, TypeError) as error:
+                what = f"it has no {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"line {number} of {path} is no HellaSwag example: {what}") from None
+            endings = [enc.encode_ordinary(f" {ending}") for ending in endings]
+            examples.append((ind, label, enc.encode_ordinary(context), endings))
+    if len(examples) != (size or len(examples) or "some"):
+        raise ValueError(f"{path} has {len(examples)} examples, not {size or 'some'}")
+    return examples
+
+
+def fetch_hellaswag(enc):
+    """read_hellaswag of the validation set, after downloading it to HELLASWAG_PATH if it is not there.
+
+    The file gets there when it is whole, which its number of examples tells: there is no published checksum.
+    Raises requests.RequestException where it cannot be fetched, else as read_hellaswag does.
+    """
+    if os.path.exists(HELLASWAG_PATH):
+        return read_hellaswag(HELLASWAG_PATH, enc, HELLASWAG_SIZE)
+    temporary = f"{HELLASWAG_PATH}.{os.getpid()}.tmp"
+    headers = {"Accept-Encoding": "identity"}  # not compressed, so that Content-Length is the file's
+    try:
+        with requests.get(HELLASWAG_URL, headers=headers, stream=True, timeout=30) as response:
+            response.raise_for_status()
+            os.makedirs(os.path.dirname(HELLASWAG_PATH), exist_ok=True)
+            length = int(response.headers.get("Content-Length", 0)) or None
+            with open(temporary, "wb") as file, tqdm(total=length, unit="B", unit_scale=True, disable=None) as bar:
+                for chunk in response.iter_content(2**20):
+                    bar.update(file.write(chunk))
+        examples = read_hellaswag(temporary, enc, HELLASWAG_SIZE)
+        os.replace(temporary, HELLASWAG_PATH)
+        return examples
+    except ValueError as error:
+        raise ValueError(f"{HELLASWAG_URL} came damaged ({error})") from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+# --- end of copied block: read_hellaswag ---
+@torch.no_grad()
+def evaluate_hellaswag(model, examples, rank, world_size, device, autocast, caught=()):
+    """The share of examples whose right ending has the smallest mean loss of its tokens (acc_norm), over all ranks.
+
+    examples are read_hellaswag's; hellaswag.py says more of them. None if any rank has caught a signal.
+    """
+    model.eval()
+    total = torch.zeros(2, device=device)  # right answers, and how many ranks are to stop
+    for first in range(8 * rank, len(examples), 8 * world_size):
+        if caught:
+            total[1] = 1
+            break
+        batch = examples[first : first + 8]
+        rows = [(context, ending) for _, _, context, endings in batch for ending in endings]
+        T = min(max(len(context + ending) for context, ending in rows), model.config.block_size)
+        idx, is_ending = torch.zeros(2, len(rows), T, dtype=torch.long)  # (B, T) each; what fills a row up is no matter
+        for i, (context, ending) in enumerate(rows):
+            ids = (context + ending)[-T:]
+            idx[i, : len(ids)] = torch.tensor(ids)
+            is_ending[i, len(ids) - len(ending) : len(ids)] = 1
+        idx, is_ending = to_device((idx, is_ending[:, 1:]), device)
+        with autocast:
+            logits = model(idx)[0][:, :-1]  # (B, T - 1, V)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), idx[:, 1:].flatten(), reduction="none")
+        means = (losses.view_as(is_ending) * is_ending).sum(1) / is_ending.sum(1)  # (B,)
+        labels = torch.tensor([label for _, label, _, _ in batch], device=device)
+        total[0] += (means.view(-1, 4).argmin(1) == labels).sum()
+    if world_size > 1:
+        dist.all_reduce(total)
+    right, stopped = total.tolist()
+    return None if stopped else right / len(examples)
+
+
 def sample(model, enc, prompt, max_new_tokens, device, autocast):
     """Two continuations of prompt, as text that is safe to print; the random numbers are the sampler's own."""
     ids = enc.encode_ordinary(prompt) or [enc.eot_token]
@@ -584,16 +694,20 @@ def list_checkpoints(log_dir):
     return [f"{log_dir}/{name}" for name in sorted(names, key=lambda name: int(name[5:]))]
 
 
-def save_checkpoint(log_dir, step, model, optimizers, scaler, args):
+def save_checkpoint(log_dir, step, model, tokenizer, optimizers, scaler, args):
     """Write log_dir/step_NNNNNN, whole or not at all, and drop the oldest beyond args.keep_checkpoints.
 
-    model.safetensors and config.json are a Hugging Face model, trainer.pt holds what only training needs, and
-    sha256.json tells whether the three are still what was written. Raises one of DISK_ERRORS.
+    model.safetensors, config.json and tokenizer, the content of files by name, are a Hugging Face model,
+    trainer.pt holds what only training needs, and sha256.json tells whether all of it is still what was written.
+    Raises one of DISK_ERRORS.
     """
     final, temporary = f"{log_dir}/step_{step:06d}", f"{log_dir}/tmp_step_{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary)
+        for name, content in tokenizer.items():
+            with open(f"{temporary}/{name}", "wb") as file:
+                file.write(content)
         states = [optimizer.state_dict() for optimizer in optimizers]
         trainer = {"step": step, "optimizers": states, "scaler": scaler.state_dict(), "args": vars(args)}
         torch.save(trainer, f"{temporary}/trainer.pt")
@@ -870,6 +984,25 @@ def new_model(args, meta):
     return model
 
 
+def open_hellaswag(enc, tokenizer, world_size, device):
+    """(examples, "") for evaluate_hellaswag, or (None, why there are none) on every rank."""
+    examples, why = None, "another process has not got it"
+    for first in (True, False):  # one process a machine downloads, the others find what it got
+        if first == (os.environ.get("LOCAL_RANK", "0") == "0"):
+            try:
+                if tokenizer != "gpt2" or not enc:
+                    raise ValueError("it takes GPT-2's tokens and vocabulary")
+                examples = fetch_hellaswag(enc)
+            except (OSError, ValueError) as error:
+                why = str(error).splitlines()[0]
+        if world_size > 1:
+            dist.barrier()
+    found = torch.tensor(float(examples is not None), device=device)
+    if world_size > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return (examples, "") if found else (None, why)
+
+
 def open_run(args, model, rank):
     """The (lock, model, content of trainer.pt or None) with which a run starts; exits if --log_dir forbids it.
 
@@ -967,11 +1100,14 @@ def main():
     # What is about to run, everything resolved.
     flops_per_token = 6 * raw_model.num_params + 12 * args.n_layer * args.n_embd * args.block_size
     peak = matmul_peak(device, dtype)
-    enc, why = None, ""
+    enc, tokenizer, examples, notes = None, {}, None, []
     try:
-        enc = get_tokenizer(meta["tokenizer"])
+        enc, tokenizer = get_tokenizer(meta["tokenizer"]), tokenizer_files(meta["tokenizer"])
     except requests.RequestException:
-        why = "no samples: GPT-2's vocabulary cannot be fetched; TIKTOKEN_CACHE_DIR can name a folder that holds it\n"
+        notes.append("no samples: GPT-2's vocabulary cannot be fetched; TIKTOKEN_CACHE_DIR can name a folder with it")
+    if args.hellaswag_interval:
+        examples, why = open_hellaswag(enc, meta["tokenizer"], world_size, device)
+        notes += [f"no HellaSwag: {why}"] if why else []
     if rank == 0:
         say(
             " ".join(f"--{name} {value}" for name, value in vars(args).items()),
@@ -979,7 +1115,8 @@ def main():
             f"train: {train_windows.total:,} windows in {len(train_windows.paths)} shards, val: {val_windows.total:,}",
             f"{raw_model.num_params:,} parameters, {args.total_batch_size:,} tokens a step = {grad_accum_steps} x "
             f"{world_size} x {args.micro_batch_size} x {args.block_size}",
-            f"{why}matmul peak {peak / 1e12:.3g} TFLOP/s in {args.dtype}, measured: mfu is the share of it",
+            *notes,
+            f"matmul peak {peak / 1e12:.3g} TFLOP/s in {args.dtype}, measured: mfu is the share of it",
             *([f"resuming at step {start_step}"] if trainer else []),
         )
 
@@ -995,7 +1132,7 @@ def main():
         nonlocal saved_step
         try:
             if rank == 0 and step > saved_step:
-                save_checkpoint(args.log_dir, step, raw_model, optimizers, scaler, args)
+                save_checkpoint(args.log_dir, step, raw_model, tokenizer, optimizers, scaler, args)
                 saved_step = step
         except DISK_ERRORS as error:
             warn(f"no checkpoint at step {step} ({str(error).splitlines()[0]}); the run goes on")
@@ -1025,6 +1162,13 @@ def main():
                 sample_args = (enc, args.prompt, args.max_new_tokens, device, autocast)
                 for text in sample(raw_model, *sample_args) if enc and math.isfinite(val_loss) else []:
                     say(f"> {text}".replace("\n", "\n> "))
+        if examples and not stopping and (last_step or step % args.hellaswag_interval == 0):
+            acc_norm = evaluate_hellaswag(raw_model, examples, rank, world_size, device, autocast, caught)
+            stopping = acc_norm is None
+            if not stopping:
+                log(step, hella=f"{acc_norm:.4f}")
+            if rank == 0 and not stopping:
+                say(f"step {step:5d} | HellaSwag acc_norm: {acc_norm:.4f}")
         if last_step or stopping:
             save(step)
             break

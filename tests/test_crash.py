@@ -101,12 +101,12 @@ class Ranks:
 
 
 def at_step(goal, action):
-    """For prepare: call action(rank) while train_gpt2 reads the data of step goal."""
+    """For prepare: call action(rank) in step goal, while train_gpt2 reads the data of the one after it."""
 
     def prepare(module, rank):
         class Watched(module.Windows):
             def batch(self, indices):
-                if self.shuffle and min(indices) // 8 == goal:  # TINY has 8 windows a step
+                if self.shuffle and min(indices) // 8 == goal + 1:  # TINY has 8 windows a step
                     action(rank)
                 return super().batch(indices)
 

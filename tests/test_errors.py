@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT, TINY, TINY_MODEL, call, load, run, torchrun, write_bin, write_data_set, write_npy
 
 SMALL_GPT = ["--device", "cpu", *TINY_MODEL, "--max_steps", 2, "--eval_iters", 2, "--max_new_tokens", 5]
@@ -170,6 +171,54 @@ def test_load_of_what_is_no_model(content, tmp_path):
     elif content == "code":
         path.write_bytes(pickle.dumps(print, protocol=2))
     check(call("gpt", "--load", path, "--device", "cpu"), "--load", path, "--save")
+
+
+# ------------------------------------------------------------------------------------ --init_from
+NO_SHAPE = TINY[6:]  # TINY without --n_layer, --n_head and --n_embd
+
+
+def init_from(what, data_dir, tmp_path, *flags):
+    flags = [*NO_SHAPE, "--init_from", what, "--data_dir", data_dir, "--log_dir", tmp_path / "log", *flags]
+    done = call("train_gpt2", *flags)
+    assert not (tmp_path / "log").exists()
+    return done
+
+
+def save_gpt2(directory, **shape):
+    """A random GPT2LMHeadModel of bytes, with 16 positions unless shape says more."""
+    shape = dict(vocab_size=257, n_positions=16, n_layer=1, n_head=1, n_embd=8) | shape
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(directory)
+
+
+def test_model_to_start_from_that_is_none(byte_shards, tmp_path):
+    (tmp_path / "empty").mkdir()
+    check(init_from(tmp_path / "empty", byte_shards, tmp_path), "--init_from", tmp_path / "empty", "config.json")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    check(init_from(tmp_path / "other", byte_shards, tmp_path), "--init_from", tmp_path / "other", "llama")
+
+
+def test_model_to_start_from_whose_shapes_disagree(byte_shards, tmp_path):
+    save_gpt2(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"n_embd": 16}))
+    check(init_from(tmp_path / "model", byte_shards, tmp_path), tmp_path / "model", "wte.weight", "(257, 16)")
+
+
+def test_model_to_start_from_that_is_too_short_or_of_other_tokens(byte_shards, tmp_path):
+    save_gpt2(tmp_path / "short", n_positions=15)
+    check(init_from(tmp_path / "short", byte_shards, tmp_path), "15 positions", "block_size 16")
+    save_gpt2(tmp_path / "other", vocab_size=300)
+    check(init_from(tmp_path / "other", byte_shards, tmp_path), "300", "257", byte_shards)
+
+
+def test_shape_beside_a_model_to_start_from(byte_shards, tmp_path):
+    save_gpt2(tmp_path / "model")
+    check(init_from(tmp_path / "model", byte_shards, tmp_path, "--n_layer", 2), "--n_layer", "--init_from")
+
+
+def test_name_to_start_from_without_a_network(byte_shards, tmp_path):
+    check(init_from("gpt2", byte_shards, tmp_path), "--init_from gpt2", "directory")
 
 
 # ----------------------------------------------------------------------------- prepare_shakespeare.py

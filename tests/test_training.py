@@ -234,9 +234,11 @@ def test_checkpoint_opens_in_transformers_with_the_same_logits(one_run):
     path = one_run[1] / "step_000005"
     assert sorted(file.name for file in path.iterdir()) == [
         "config.json",
+        "merges.txt",
         "model.safetensors",
         "sha256.json",
         "trainer.pt",
+        "vocab.json",
     ]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
     ours = load("train_gpt2").GPT.from_pretrained(path).eval()
@@ -246,6 +248,35 @@ def test_checkpoint_opens_in_transformers_with_the_same_logits(one_run):
     assert tensors["transformer.wte.weight"].shape == (257, 32)
     assert not [name for name in tensors if "lm_head" in name]
     assert json.loads((path / "config.json").read_text())["tokenizer"] == "bytes"
+
+
+def test_checkpoint_continues_text_in_transformers_pipeline(one_run):
+    path = one_run[1] / "step_000005"
+    pipeline = transformers.pipeline("text-generation", str(path), device="cpu")
+    text = pipeline("KING", max_new_tokens=9, do_sample=False)[0]["generated_text"]
+    model, enc = load("train_gpt2").GPT.from_pretrained(path).eval(), load("train_gpt2").get_tokenizer("bytes")
+    idx = model.generate(torch.tensor([enc.encode("KING")]), 9, torch.Generator(), top_k=1)
+    assert text == enc.decode(idx[0].tolist()).removesuffix("<|endoftext|>")
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_tokenizer_of_a_checkpoint_is_ours_in_transformers(name, tmp_path, request):
+    if name == "gpt2":
+        request.getfixturevalue("tiktoken_cache")
+    module = load("train_gpt2")
+    enc = module.get_tokenizer(name)
+    module.GPT(module.GPTConfig(enc.n_vocab, 16, 1, 1, 8, tokenizer=name)).save_pretrained(tmp_path)
+    for file, content in module.tokenizer_files(name).items():
+        (tmp_path / file).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (len(theirs), theirs.eos_token_id) == (enc.n_vocab, enc.eot_token)
+    for text in (
+        "KING:\n  What's 12 x 34?",
+        "".join(map(chr, range(1, 400))),
+        "caf\u00e9 \u65e5\u672c \U0001f600\n\n ",
+    ):
+        assert theirs(text)["input_ids"] == enc.encode_ordinary(text)
+        assert theirs.decode(enc.encode_ordinary(text)) == text
 
 
 def test_trainer_file_needs_no_pickled_code(one_run):
@@ -377,3 +408,82 @@ def test_gpt2_tokens_of_tiny_shakespeare_start_at_10_82(tiny_shakespeare, tiktok
     assert losses(tmp_path / "log")[0] == pytest.approx(10.82, abs=0.05)
     assert done.stdout.count("> KING") == 4
     assert json.loads((tmp_path / "log" / "step_000001" / "config.json").read_text())["eos_token_id"] == 50256
+
+
+# ----------------------------------------------------------------------------------- fine-tuning
+NO_SHAPE = TINY[6:]  # TINY without --n_layer, --n_head and --n_embd
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A directory with a random GPT2LMHeadModel over bytes, and the model."""
+    shape = dict(vocab_size=257, n_positions=40, n_layer=3, n_head=3, n_embd=48, n_inner=100)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, activation_function="relu")).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs", model
+
+
+def train_from(directory, data_dir, log_dir, *flags):
+    module = load("train_gpt2")
+    module.matmul_peak = lambda *_: 1e12
+    given = [*NO_SHAPE, "--data_dir", data_dir, "--log_dir", log_dir, "--init_from", directory, *flags]
+    return call(module, *given)
+
+
+def test_fine_tuning_starts_from_the_models_own_loss_and_lowers_it(pretrained, byte_shards, tmp_path):
+    """Positions are cropped from 40 to 16; the checkpoint keeps the other shapes."""
+    directory, theirs = pretrained
+    done = train_from(directory, byte_shards, tmp_path / "log", "--max_steps", 20, "--learning_rate", 1e-2)
+    assert done.returncode == 0, done.stderr
+    windows = torch.tensor(read_windows(byte_shards / "excerpt_val_000000.npy", 16)[:25])
+    with torch.no_grad():
+        logits = theirs(windows[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+    val = losses(tmp_path / "log", "val")
+    assert val[0] == pytest.approx(expected, abs=6e-5)
+    assert val[20] < val[0] - 0.5
+    config = json.loads((tmp_path / "log" / "step_000020" / "config.json").read_text())
+    names = ("n_layer", "n_head", "n_embd", "n_inner", "activation_function", "n_positions")
+    assert [config[name] for name in names] == [3, 3, 48, 100, "relu", 16]
+
+
+def test_fine_tuning_resumes_without_starting_over(pretrained, byte_shards, tmp_path):
+    for name in ("whole", "log"):
+        done = train_from(pretrained[0], byte_shards, tmp_path / name, "--checkpoint_interval", 3)
+        assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "log" / "step_000005")
+    done = train_from(pretrained[0], byte_shards, tmp_path / "log", "--checkpoint_interval", 3, "--resume")
+    assert done.returncode == 0 and "resuming at step 3" in done.stdout
+    assert weights_file(tmp_path / "log").read_bytes() == weights_file(tmp_path / "whole").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------- muon
+def test_muon_shared_by_two_processes_and_resumed_ends_where_one_process_does(byte_shards, tmp_path):
+    muon = ["--optimizer", "muon", "--schedule", "linear", "--checkpoint_interval", 3]
+    train(byte_shards, tmp_path / "one", *muon)
+    shutil.copytree(tmp_path / "one", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "step_000005")
+    train(byte_shards, tmp_path / "resumed", *muon, "--resume")
+    assert weights_file(tmp_path / "resumed").read_bytes() == weights_file(tmp_path / "one").read_bytes()
+    flags = [*TINY, *muon, "--micro_batch_size", 4, "--data_dir", byte_shards, "--log_dir", tmp_path / "two"]
+    done = torchrun(2, "train_gpt2", *flags)
+    assert done.returncode == 0, done.stderr
+    expected, found = (comparable_weights(tmp_path / name) for name in ("one", "two"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-6)
+
+
+def test_linear_schedule_lets_a_run_be_prolonged_before_its_end_begins(byte_shards, tmp_path):
+    """Ten steps' plateau ends at step 4: from step 4 the run may become one of twelve, and is its very twin."""
+    linear = ["--schedule", "linear", "--checkpoint_interval", 4, "--keep_checkpoints", 0]
+    for name, steps in (("twelve", 12), ("ten", 10)):
+        train(byte_shards, tmp_path / name, *linear, "--max_steps", steps)
+    for step in (10, 8):
+        shutil.rmtree(tmp_path / "ten" / f"step_{step:06d}")
+    train(byte_shards, tmp_path / "ten", *linear, "--max_steps", 12, "--resume")
+    assert weights_file(tmp_path / "ten", 12).read_bytes() == weights_file(tmp_path / "twelve", 12).read_bytes()
+    module = load("train_gpt2")
+    flags = [*TINY, *linear, "--data_dir", byte_shards, "--log_dir", tmp_path / "twelve", "--max_steps", 14, "--resume"]
+    done = call(module, *flags)
+    assert done.returncode == 2 and "--max_steps is 14" in done.stderr and "12" in done.stderr
