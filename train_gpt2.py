@@ -1243,8 +1243,8 @@ if __name__ == "__main__":
             raise error
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             cause = str(error).partition(". ")[0]
-            if os.environ["RANK"] == "0":
-                say(f"error: rank 0 lost another ({cause}): --resume goes on", file=sys.stderr)
+            if os.environ["RANK"] in "01":  # not all of them, and not the first alone: it may be the dead one
+                say(f"error: rank {os.environ['RANK']} lost another ({cause}): --resume goes on", file=sys.stderr)
         elif not isinstance(error, SystemExit):
             sys.excepthook(*sys.exc_info())
         os._exit(error.code if isinstance(error, SystemExit) else 1)  # an orderly exit could wait for a dead rank

@@ -1,5 +1,6 @@
 """Runs that meet signals, dying processes, full disks and damaged files: they end as promised, or as if nothing was."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -157,7 +158,7 @@ def test_run_of_one_then_two_then_four_processes(byte_shards, tmp_path):
                     if self.shuffle:
                         with open(tmp_path / f"{name}_{rank}", "a") as file:
                             file.writelines(f"{i // 8} {self.locate(i)}\n" for i in indices)
-                        if name == "one" and min(indices) // 8 == 9 or name == "two" and min(indices) // 8 == 14:
+                        if (name, min(indices) // 8) in (("one", 10), ("two", 15)):  # read ahead, in steps 9 and 14
                             os.kill(os.getpid(), signal.SIGTERM)  # the step is finished and saved
                     return super().batch(indices)
 
@@ -172,7 +173,8 @@ def test_run_of_one_then_two_then_four_processes(byte_shards, tmp_path):
             assert (code, err) == (0, "")
         if name in ("one", "two"):
             assert (tmp_path / "log" / ("step_000010" if name == "one" else "step_000015")).is_dir()
-    seen = {path.name: path.read_text().splitlines() for path in tmp_path.glob("*_[0-3]")}
+    # The last two windows are read ahead, for a step that this process does not come to.
+    seen = {path.name: path.read_text().splitlines()[:-2] for path in tmp_path.glob("*_[0-3]")}
     straight = seen.pop("whole_0")
     assert len(straight) == 160 and len(seen) == 7
     assert sorted(line for lines in seen.values() for line in lines) == sorted(straight)
@@ -277,6 +279,32 @@ def test_clock_stops_a_run_that_then_goes_on(byte_shards, tmp_path, whole):
     assert shown(tmp_path / "log") == shown(whole)
 
 
+def test_signal_to_one_rank_ends_a_validation_on_both(byte_shards, tmp_path):
+    """In the second of the two that come: nothing of it is logged, the state is saved, and the resumed run does it."""
+
+    def prepare(module, rank):
+        class Watched(module.Windows):
+            def batch(self, indices):
+                if not self.shuffle:
+                    calls.append(indices)
+                    if rank == 1 and len(calls) == 5:  # 25 windows are four batches a rank
+                        os.kill(os.getpid(), signal.SIGTERM)
+                return super().batch(indices)
+
+        calls, module.Windows = [], Watched
+
+    flags = [*EVERY_2, "--micro_batch_size", 4]
+    run = Ranks(2, byte_shards, tmp_path / "log", *flags, prepare=prepare)
+    assert [code for code, *_ in run.wait()] == [0, 0]
+    assert (2, "val") not in read_log(tmp_path / "log") and (1, "train") in read_log(tmp_path / "log")
+    assert (tmp_path / "log" / "step_000002").is_dir()
+    for name, resume in (("log", ["--resume"]), ("whole", [])):
+        run = Ranks(2, byte_shards, tmp_path / name, *flags, *resume)
+        assert [code for code, *_ in run.wait()] == [0, 0]
+    assert weights(tmp_path / "log") == weights(tmp_path / "whole")
+    assert shown(tmp_path / "log") == shown(tmp_path / "whole")
+
+
 def test_second_interrupt_stops_at_once(byte_shards, tmp_path):
     def twice(rank):
         os.kill(os.getpid(), signal.SIGINT)
@@ -359,7 +387,7 @@ def test_loss_that_is_none_on_one_of_two_ranks_ends_both(byte_shards, tmp_path, 
     results = run.wait()
     assert [code for code, *_ in results] == [1, 1], results
     assert "step 3, rank 1: loss nan" in results[1][2] and "Traceback" not in results[0][2] + results[1][2]
-    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["lock", "log.txt", "step_000002"]
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["lock", "log.txt", "run.json", "step_000002"]
     assert max(step for step, kind in read_log(tmp_path / "log") if kind == "train") == 2
     resumed = Ranks(2, byte_shards, tmp_path / "log", *flags, "--resume")  # without the cause, it goes on
     assert [code for code, *_ in resumed.wait()] == [0, 0]
@@ -596,9 +624,9 @@ def test_full_disk_for_a_while(byte_shards, whole, small_disk, leave):
     def at(module, rank):
         class Watched(module.Windows):
             def batch(self, indices):
-                if self.shuffle and min(indices) // 8 == 1:
+                if self.shuffle and min(indices) // 8 == 2:  # read ahead, in step 1
                     fill(small_disk, leave)
-                if self.shuffle and min(indices) // 8 == 4:
+                if self.shuffle and min(indices) // 8 == 5:
                     (small_disk / "filler").unlink()
                 return super().batch(indices)
 
@@ -610,7 +638,12 @@ def test_full_disk_for_a_while(byte_shards, whole, small_disk, leave):
     assert [line for line in warnings if "no checkpoint at step 2" in line and "the run goes on" in line]
     assert [line for line in warnings if "no checkpoint at step 4" in line]
     assert all(line.startswith("warning: ") for line in warnings), done.stderr
-    assert sorted(path.name for path in (small_disk / "log").iterdir()) == ["lock", "log.txt", "step_000005"]
+    assert sorted(path.name for path in (small_disk / "log").iterdir()) == [
+        "lock",
+        "log.txt",
+        "run.json",
+        "step_000005",
+    ]
     assert weights(small_disk / "log") == weights(whole)
     assert shown(small_disk / "log") == shown(whole)
 
@@ -658,3 +691,53 @@ def test_resume_on_a_full_disk_ends_in_a_line_or_goes_on(byte_shards, whole, sma
     (small_disk / "filler").unlink()
     assert train(byte_shards, small_disk / "log", *EVERY_2, "--resume").returncode == 0
     assert weights(small_disk / "log") == weights(whole) and shown(small_disk / "log") == shown(whole)
+
+
+# --------------------------------------------------------------------------------------- memory
+@pytest.mark.parametrize("fits, limit, expected", [(1, 64, 1), (7, 64, 4), (8, 64, 8), (1000, 16, 16)])
+def test_micro_batch_is_the_largest_power_of_two_that_fits(monkeypatch, fits, limit, expected):
+    """A GPU played by a model that takes so many sequences, and by counters of its memory."""
+    micro_batch, tried = find_micro_batch(monkeypatch, fits, limit)
+    assert micro_batch == expected
+    assert max(tried) == min(2 * expected, limit) and all(shape[1] == 16 for shape in tried.values())
+
+
+def find_micro_batch(monkeypatch, fits, limit):
+    module, tried = fresh(), {}
+    for name, value in (("reset_peak_memory_stats", 0), ("max_memory_allocated", 0), ("mem_get_info", (10**9, 10**9))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    forward = module.GPT.forward
+
+    def limited(model, idx, targets=None):
+        tried[len(idx)] = idx.shape
+        if len(idx) > fits:
+            raise torch.OutOfMemoryError
+        return forward(model, idx, targets)
+
+    module.GPT.forward = limited
+    model = module.GPT(module.GPTConfig(257, 16, 1, 1, 8))
+    micro_batch = module.largest_micro_batch(model, limit, torch.device("cpu"), contextlib.nullcontext())
+    assert all(p.grad is None for p in model.parameters())
+    return micro_batch, tried
+
+
+def test_model_of_which_not_one_sequence_fits_is_a_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        find_micro_batch(monkeypatch, 0, 64)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "--block_size 16" in err
+
+
+def test_running_out_of_memory_in_a_step_is_a_line(byte_shards, tmp_path):
+    code = """import runpy, sys, torch
+def full(*_, **__): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+torch.nn.functional.cross_entropy, sys.argv = full, sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+    flags = [*TINY, "--data_dir", byte_shards, "--log_dir", tmp_path / "log"]
+    line = [sys.executable, "-c", code, *command("train_gpt2", *flags)[1:]]
+    for environment in ({}, {"RANK": "0", "LOCAL_RANK": "0"}):
+        done = subprocess.run(line, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "memory" in done.stderr and "--micro_batch_size" in done.stderr
+        shutil.rmtree(tmp_path / "log")
