@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, command, load, losses, read_log, write_npy
+from conftest import ROOT, TINY, call, command, load, losses, read_log, write_npy
 from safetensors.torch import load_file, save_file
 
 FORK = get_context("fork")  # children that need no three seconds for imports
@@ -741,3 +741,36 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert "memory" in done.stderr and "--micro_batch_size" in done.stderr
         shutil.rmtree(tmp_path / "log")
+
+
+# ---------------------------------------------------------------------------------------- slurm
+@LINUX
+def test_slurm_script_saves_at_the_warning_and_queues_itself_again(byte_shards, tmp_path):
+    """docs/train.sbatch with srun and scontrol played by two small scripts, warned once, then run to the end."""
+    for name, text in {
+        "bin/srun": '#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\nexec "$@"\n',
+        "bin/scontrol": f'#!/bin/bash\n[ "$1" = show ] && echo localhost || echo "$@" >> {tmp_path}/requeued\n',
+        "bin/torchrun": f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n',
+        ".venv/bin/activate": f'export PATH="{tmp_path}/bin:$PATH"\n',
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    shutil.copy(ROOT / "train_gpt2.py", tmp_path)
+    slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "localhost"}
+    environment = {**os.environ, **slurm, "RDZV_PORT": "0"}
+    log = tmp_path / "log" / "log.txt"
+    for warned in (True, False):
+        flags = [*TINY, "--max_steps", 200, "--micro_batch_size", 4, "--eval_interval", 200, "--log_interval", 100]
+        line = ["bash", ROOT / "docs" / "train.sbatch", *flags, "--data_dir", byte_shards, "--max_new_tokens", 2]
+        job = subprocess.Popen([*map(str, line)], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while warned and (not log.exists() or log.read_text().count("norm") < 10):
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        if warned:
+            job.send_signal(signal.SIGUSR1)
+        assert job.wait(60) == 0, job.stderr.read()
+        assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+        steps = len(losses(tmp_path / "log"))
+        assert (tmp_path / "log" / f"step_{steps:06d}").is_dir() and (steps < 200) == warned
