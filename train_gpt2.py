@@ -559,7 +559,7 @@ def evaluate_hellaswag(model, examples, rank, world_size, device, autocast, caug
         for i, (context, ending) in enumerate(rows):
             ids = (context + ending)[-T:]
             idx[i, : len(ids)] = torch.tensor(ids)
-            is_ending[i, len(ids) - len(ending) : len(ids)] = 1
+            is_ending[i, max(0, len(ids) - len(ending)) : len(ids)] = 1
         idx, is_ending = to_device((idx, is_ending[:, 1:]), device)
         with autocast:
             logits = model(idx)[0][:, :-1]  # (B, T - 1, V)

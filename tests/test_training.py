@@ -8,13 +8,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY, call, command, load, losses, read_log, read_windows, run, torchrun, write_data_set
+from conftest import ROOT, TINY, call, command, load, losses, read_log, read_windows, run, torchrun, write_data_set
 from safetensors.torch import load_file
 
 STEP_LINE = re.compile(
@@ -487,3 +488,104 @@ def test_linear_schedule_lets_a_run_be_prolonged_before_its_end_begins(byte_shar
     flags = [*TINY, *linear, "--data_dir", byte_shards, "--log_dir", tmp_path / "twelve", "--max_steps", 14, "--resume"]
     done = call(module, *flags)
     assert done.returncode == 2 and "--max_steps is 14" in done.stderr and "12" in done.stderr
+
+
+# ------------------------------------------------------------------------------------ hellaswag
+GPT2_TOKENS = [*TINY, "--hellaswag_interval", 3, "--max_steps", 4, "--eval_interval", 4]
+
+
+@pytest.fixture
+def hellaswag(tmp_path, tiktoken_cache, monkeypatch):
+    """The current directory, with GPT-2 shards of random tokens in data/ and 37 examples where HellaSwag's are."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    write_data_set("data", [rng.integers(50257, size=700)], [rng.integers(50257, size=99)], 50257)
+    (tmp_path / "hellaswag").mkdir()
+    words = (ROOT / "input.txt").read_text(encoding="utf-8").split()[:5000]
+    with open("hellaswag/hellaswag_val.jsonl", "w") as file:
+        for ind in range(37):
+            context, *endings = (
+                " ".join(words[at : at + n]) for at, n in zip(rng.integers(4900, size=5), (3, 9, 1, 4, 12), strict=True)
+            )
+            example = {"ind": ind, "label": int(rng.integers(4)), "ctx": context, "endings": endings}
+            file.write(json.dumps(example) + "\n")
+    return tmp_path
+
+
+def train_with_hellaswag(log_dir, *flags):
+    module = load("train_gpt2")
+    module.matmul_peak, module.HELLASWAG_SIZE = lambda *_: 1e12, 37
+    done = call(module, *GPT2_TOKENS, "--data_dir", "data", "--log_dir", log_dir, *flags)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done
+
+
+def test_hellaswag_in_training_is_hellaswag_py_on_the_checkpoint(hellaswag):
+    """At every interval and at the end; some rows are longer than the 16 positions; training is not changed."""
+    done = train_with_hellaswag("log", "--checkpoint_interval", 3)
+    found = losses("log", "hella")
+    assert list(found) == [0, 3, 4]
+    assert f"step     4 | HellaSwag acc_norm: {found[4]:.4f}" in done.stdout
+    for step in (3, 4):
+        scores = ["--model", f"log/step_{step:06d}", "--data", "hellaswag/hellaswag_val.jsonl", "--device", "cpu"]
+        scored = call("hellaswag", *scores)
+        assert scored.returncode == 0, scored.stderr
+        assert float(scored.stdout.split()[-1]) == found[step]
+    train_with_hellaswag("without", "--hellaswag_interval", 0)
+    assert not losses("without", "hella")
+    assert weights_file(hellaswag / "without", 4).read_bytes() == weights_file(hellaswag / "log", 4).read_bytes()
+
+
+def test_hellaswag_shared_by_two_processes_is_that_of_one(hellaswag):
+    train_with_hellaswag("one")
+    driver = """import importlib.util, sys
+sys.argv = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("train_gpt2", sys.argv[0])
+train_gpt2 = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train_gpt2)
+train_gpt2.HELLASWAG_SIZE = 37
+train_gpt2.main()"""
+    (hellaswag / "driver.py").write_text(driver)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py"]
+    line += [
+        *command("train_gpt2", *GPT2_TOKENS)[1:],
+        "--micro_batch_size",
+        "4",
+        "--data_dir",
+        "data",
+        "--log_dir",
+        "two",
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert losses("two", "hella") == losses("one", "hella")
+
+
+@pytest.mark.parametrize("why", ["other tokens", "no network", "damaged"])
+def test_training_goes_on_without_hellaswag_and_says_so_once(why, hellaswag, byte_shards):
+    if why == "no network":
+        shutil.rmtree(hellaswag / "hellaswag")
+    if why == "damaged":
+        with open("hellaswag/hellaswag_val.jsonl", "a") as file:
+            file.write("{}\n")
+    done = train_with_hellaswag("log", *(["--data_dir", byte_shards] if why == "other tokens" else []))
+    lines = [line for line in done.stdout.splitlines() if "no HellaSwag" in line]
+    assert len(lines) == 1 and not losses("log", "hella") and len(losses("log")) == 4
+    assert {"other tokens": "GPT-2's tokens", "no network": "HTTPSConnectionPool", "damaged": "line 38"}[why] in lines[
+        0
+    ]
+    assert not (hellaswag / "hellaswag").exists() or why != "no network"
+
+
+def test_evaluations_leave_a_compiled_model_as_it_is(hellaswag, monkeypatch):
+    """One graph forward through a whole run with validations, samples and HellaSwag at other shapes."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, compile=torch.compile: compile(model, backend=count))
+    train_with_hellaswag("log", "--compile", "--eval_interval", 1, "--hellaswag_interval", 1)
+    assert len(losses("log", "hella")) == 5
+    assert len(graphs) == 1
