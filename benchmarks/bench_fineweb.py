@@ -16,7 +16,6 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,15 +69,15 @@ def main():
         source = f"{folder}/texts.parquet"
         pq.write_table(pa.table({"text": texts}), source, row_group_size=1000, compression="zstd")
 
-        def pipeline(pool):
-            settings = SimpleNamespace(workers=2, tokenizer="gpt2", text_column="text")
-            state = {"shards": [], "rank": 0, "partial": 0, "skip": 0, "counts": [0] * 4}
-            directory = tempfile.mkdtemp(dir=folder)
-            shards = fineweb.Shards(directory, state | {"source": {"shard_size": 100_000_000, "world_size": 1}})
+        def pipeline(submit):
+            args = SimpleNamespace(workers=2, tokenizer="gpt2", text_column="text")
+            settings = {"source": {"shard_size": 100_000_000, "world_size": 1}, "shards": [], "eot_token": 50256}
+            state = dict.fromkeys(("rank", "file", "row", "skip", "partial", "documents", "bytes", "skipped"), 0)
+            shards = fineweb.Shards(tempfile.mkdtemp(dir=folder), settings | state, sys.maxsize)
             began = time.perf_counter()
-            for found in fineweb.tokenize_files(pool, settings, [source], 0, 0):
-                shards.add(*found, sys.maxsize)
-            shards.save(True)
+            for _, found in fineweb.tokenize_file(submit, args, source, 0):
+                shards.add(*found)
+            shards.save(finish=True)
             assert shards.total == number
             return time.perf_counter() - began
 
@@ -105,8 +104,8 @@ def main():
                 process.join()
             return result
 
-        with ProcessPoolExecutor(2, context, fineweb.start_worker) as ours, context.Pool(2) as theirs:
-            for future in [ours.submit(fineweb.tokenize, "gpt2", texts[:100]) for _ in range(8)]:
+        with fineweb.start_workers(2) as ours, context.Pool(2) as theirs:
+            for future in [ours(fineweb.tokenize, "gpt2", pa.array(texts[:100])) for _ in range(8)]:
                 future.result()
             theirs.map(plain_tokenize, texts[:200], chunksize=1)
             times = {"a": [], "b": [], "c": []}

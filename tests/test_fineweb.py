@@ -436,11 +436,11 @@ def test_hub_that_stays_away_is_one_line_and_the_run_continues(hub, data, tmp_pa
         Hub.reply = lambda self, status, *args, **how: original(
             self, 503 if "002" in self.path and self.command == "GET" and not broken.is_set() else status, *args, **how
         )
-        err = hub_run(hub, directory, "--tries", 1, code=2)
+        err = hub_run(hub, directory, code=2)
         assert "002.parquet" in err and "--source" in err
         broken.set()
         hub.log.clear()
-        hub_run(hub, directory, "--tries", 1)
+        hub_run(hub, directory)
     finally:
         Hub.reply = original
     assert npy(contents(directory)) == npy(data["shards"])
