@@ -73,12 +73,10 @@ def get_tokenizer(name):
 # --- end of copied block: get_tokenizer ---
 @functools.cache
 def get_fast_tokenizer(name):
-    """The tokenizer for text that has BEGIN and CUT in it: with GPT-2's pattern less `\\s+(?!\\S)`, twice as fast."""
+    """The tokenizer for text with BEGIN and CUT in it: GPT-2's pattern without `\\s+(?!\\S)`, twice as fast."""
     enc, pieces = get_tokenizer(name), r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
-    special = {BEGIN: enc.eot_token, CUT: enc.n_vocab}
-    return tiktoken.Encoding(
-        f"fast {name}", pat_str=pieces, mergeable_ranks=enc._mergeable_ranks, special_tokens=special
-    )
+    marks = {BEGIN: enc.eot_token, CUT: enc.n_vocab}
+    return tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=enc._mergeable_ranks, special_tokens=marks)
 
 
 def tokenize(tokenizer, texts):
@@ -90,15 +88,13 @@ def tokenize(tokenizer, texts):
     enc, rows = get_fast_tokenizer(tokenizer), len(texts)
     texts = texts.filter(pc.greater(pc.binary_length(texts), 0))
     if pc.any(pc.match_substring_regex(texts, f"[{BEGIN}{CUT}]")).as_py():  # rare: cut for real
-        cut = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")
-        parts = [
-            [[enc._special_tokens[BEGIN]], *map(enc.encode_ordinary, cut.split(text))] for text in texts.to_pylist()
-        ]
-        tokens = np.array([token for text in parts for part in text for token in part])
+        cut, begin = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])"), enc.encode(BEGIN, allowed_special="all")
+        parts = [(begin, *map(enc.encode_ordinary, cut.split(text))) for text in texts.to_pylist()]
+        tokens = np.concatenate([part for text in parts for part in text])
     else:
-        marked = pc.replace_substring_regex(texts, f"([{SPACE}])([{SPACE}][^{SPACE}])", f"\\1{CUT}\\2").to_pylist()
-        tokens = enc.encode_to_numpy("".join(BEGIN + text for text in marked), allowed_special={BEGIN, CUT})
-        tokens = tokens[tokens != enc._special_tokens[CUT]]
+        texts_cut = pc.replace_substring_regex(texts, f"([{SPACE}])([{SPACE}][^{SPACE}])", f"\\1{CUT}\\2").to_pylist()
+        tokens = enc.encode_to_numpy("".join(BEGIN + text for text in texts_cut), allowed_special="all")
+        tokens = tokens[tokens != enc.max_token_value]  # CUT's
     return tokens.astype("<u2"), rows, pc.sum(pc.binary_length(texts)).as_py() or 0, rows - len(texts)
 
 
@@ -122,6 +118,7 @@ def start_workers(number):
     Each has a pipe and a thread of its own, so that one which the system kills, even in the middle of a message,
     can neither block the others nor go unnoticed: its Future raises BrokenExecutor.
     """
+    spawn, idle, threads = multiprocessing.get_context("spawn"), queue.SimpleQueue(), ThreadPoolExecutor(number)
 
     def call(*task):
         pipe = idle.get()
@@ -129,28 +126,25 @@ def start_workers(number):
             pipe.send(task)
             result = pipe.recv()
         except (EOFError, OSError):
-            reason = "a worker process was killed, perhaps for lack of memory"
-            raise BrokenExecutor(f"{reason}: the same command continues, with fewer --workers") from None
-        idle.put(pipe)
+            raise BrokenExecutor from None
+        finally:
+            idle.put(pipe)  # a broken one breaks the next call, too, which would wait for it
         if isinstance(result, Exception):
             raise result
         return result
 
-    spawn, idle, processes = multiprocessing.get_context("spawn"), queue.SimpleQueue(), []
     ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes begin with it: Ctrl-C is their parent's
     for _ in range(number):
         pipe, end = spawn.Pipe()
-        processes.append(spawn.Process(target=work, args=[end]))
-        processes[-1].start()
+        spawn.Process(target=work, args=[end]).start()
         end.close()
         idle.put(pipe)
     signal.signal(signal.SIGINT, ctrl_c)
-    threads = ThreadPoolExecutor(number)
     try:
         yield functools.partial(threads.submit, call)
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
+        for process in multiprocessing.active_children():
             process.kill()
 
 
@@ -218,11 +212,11 @@ def download(repo_id, commit, folder, name, size):
 
 
 def tokenize_file(submit, args, path, row):
-    """Yield (share of the file that is done, what tokenize returns) for all batches of a parquet file from row on."""
+    """Yield (share of the file that is done, *what tokenize returns) for the batches of a parquet file from row on."""
+    column = args.text_column
 
-    def start(parquet):
-        at = 0
-        for batch in parquet.iter_batches(BATCH, columns=[args.text_column]):
+    def start(parquet, at=0):
+        for batch in parquet.iter_batches(BATCH, columns=[column]):
             if at >= row:
                 yield submit(tokenize, args.tokenizer, batch.column(0))
             at += len(batch)
@@ -230,14 +224,12 @@ def tokenize_file(submit, args, path, row):
     try:
         with pq.ParquetFile(path, buffer_size=2**20) as parquet:  # without a buffer it holds whole row groups
             names, done = parquet.schema_arrow.names, row
-            kind = parquet.schema_arrow.field(args.text_column).type if args.text_column in names else "missing"
+            kind = parquet.schema_arrow.field(column).type if column in names else "missing"
             if kind not in (pa.string(), pa.large_string()):
-                raise ValueError(
-                    f"text column {args.text_column} is {kind}: choose --text_column from {', '.join(names)}"
-                )
-            for found in ahead(start(parquet), 4 * args.workers):
-                done += found[1]
-                yield done / parquet.metadata.num_rows, found
+                raise ValueError(f"text column {column} is {kind}: choose --text_column from {', '.join(names)}")
+            for tokens, rows, *counts in ahead(start(parquet), 4 * args.workers):
+                done += rows
+                yield done / parquet.metadata.num_rows, tokens, rows, *counts
     except (OSError, ValueError, pa.ArrowException) as error:
         raise OSError(f"cannot use {path} ({' '.join(str(error).split())[:300]})") from error
 
@@ -264,62 +256,58 @@ def save_json(path, content):
     os.replace(f"{path}.tmp", path)
 
 
-class Shards:
-    """The shards of one rank in the making, and the state file from which any later run continues them.
+def unfinished(directory, state):
+    """The path of the shard in the making; .tmp will be cut off. Ranks take turns with the numbers, 0 is val."""
+    number = len(state["shards"]) * state["source"]["world_size"] + state["rank"]
+    return f"{directory}/edufineweb_{'train' if number else 'val'}_{number:06d}.npy.tmp"
 
-    The state says where to read on (file, row, skip: tokens of that row's batch which are written already), how many
-    tokens the unfinished shard has (partial), and what was counted up to there.
+
+def add(directory, state, limit, tokens, rows, size, skipped):
+    """Write what tokenize returned, up to limit tokens in all, and finish the shards that it fills.
+
+    The state says where to read on (file, row, and skip: tokens of the batch there which are written already), how
+    many tokens are written (tokens) and how many of them to the unfinished shard (partial).
     """
+    while state["skip"] < len(tokens) and state["tokens"] < limit:
+        n = min(state["source"]["shard_size"] - state["partial"], limit - state["tokens"])
+        new = tokens[state["skip"] :][:n]
+        with open(unfinished(directory, state), "ab") as file:
+            file.truncate(HEADER_BYTES + 2 * state["partial"])  # room for the header, and what a killed run left off
+            file.write(new)
+        for key, more in (
+            ("skip", new),
+            ("tokens", new),
+            ("partial", new),
+            ("documents", new[new == state["eot_token"]]),
+        ):
+            state[key] += len(more)
+        if len(new) == n:
+            finish_shard(directory, state)
+    state.update(row=state["row"] + rows, skip=0, bytes=state["bytes"] + size, skipped=state["skipped"] + skipped)
 
-    def __init__(self, directory, state, limit):
-        self.directory, self.state, self.limit, self.file = directory, state, limit, None
-        self.total = state["partial"] + sum(shard["tokens"] for shard in state["shards"])
-        for path in (f"{directory}/{shard['file']}" for shard in state["shards"][-1:]):
-            if os.path.exists(f"{path}.tmp"):  # killed before the last line of save()
-                os.replace(f"{path}.tmp", path)
 
-    def add(self, tokens, rows, size, skipped):
-        """Write what tokenize returned, up to the limit of tokens in all; save the state where a shard ends."""
-        state, shard_size = self.state, self.state["source"]["shard_size"]
-        while state["skip"] < len(tokens) and self.total < self.limit:
-            if not self.file:  # ranks take turns with the numbers, number 0 is the val shard
-                number = len(state["shards"]) * state["source"]["world_size"] + state["rank"]
-                self.name = f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
-                mode = "r+b" if state["partial"] else "w+b"
-                self.file = open(f"{self.directory}/{self.name}.tmp", mode)  # noqa: SIM115
-                self.file.truncate(HEADER_BYTES + 2 * state["partial"])  # the header itself comes last
-                self.file.seek(0, os.SEEK_END)
-            n = min(shard_size - state["partial"], self.limit - self.total)
-            new = tokens[state["skip"] :][:n]
-            self.file.write(new)
-            self.total += len(new)
-            state["skip"] += len(new)
-            state["partial"] += len(new)
-            state["documents"] += int(np.count_nonzero(new == state["eot_token"]))
-            if len(new) == n:
-                self.save(finish=True)
-        state["row"], state["skip"] = state["row"] + rows, 0
-        state["bytes"], state["skipped"] = state["bytes"] + size, state["skipped"] + skipped
+def save(directory, state, **changes):
+    """Bring the unfinished shard to the disk, and then the state that goes with it, from which a later run goes on."""
+    state.update(changes)
+    if state["partial"]:
+        with open(unfinished(directory, state), "ab") as file:
+            os.fsync(file.fileno())
+    save_json(f"{directory}/state_{state['rank']:05d}.json", state)
 
-    def save(self, finish=False, **changes):
-        """Bring all tokens to the disk, with finish as a complete shard, and then the state that goes with them."""
-        self.state.update(changes)
-        finish = finish and self.file
-        if finish:
-            tokens, self.state["partial"] = self.state["partial"], 0
-            self.file.seek(0)
-            header = {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
-            np.lib.format.write_array_header_1_0(self.file, header)
-            self.file.flush()
-            digest, split = sha256_of(self.file.name), self.name.split("_")[1]
-            self.state["shards"].append({"file": self.name, "split": split, "tokens": tokens, "sha256": digest})
-        if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        save_json(f"{self.directory}/state_{self.state['rank']:05d}.json", self.state)
-        if finish:
-            self.file = self.file.close()
-            os.replace(f"{self.directory}/{self.name}.tmp", f"{self.directory}/{self.name}")
+
+def finish_shard(directory, state):
+    """Make the unfinished shard a complete one, if it has any tokens."""
+    path, count = unfinished(directory, state), state["partial"]
+    if count:
+        with open(path, "r+b") as file:
+            header = {"descr": "<u2", "fortran_order": False, "shape": (count,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
+            os.fsync(file.fileno())
+        name = os.path.basename(path).removesuffix(".tmp")
+        about = {"file": name, "split": name.split("_")[1], "tokens": count, "sha256": sha256_of(path)}
+        save(directory, state, partial=0, shards=[*state["shards"], about])
+        os.replace(path, path.removesuffix(".tmp"))
 
 
 def finish(directory):
@@ -435,7 +423,7 @@ def open_state(args):
         for old in [old for one in known if (old := (one | one["source"]).get(key)) != new]:
             was = f"{directory} was begun with {key} {str(old)[:200]}, not {str(new)[:200]}"
             fail(f"{was}: repeat the first settings, or use another --local_dir")
-    new = dict.fromkeys(("file", "row", "skip", "partial", "documents", "bytes", "skipped"), 0)
+    new = dict.fromkeys(("file", "row", "skip", "tokens", "partial", "documents", "bytes", "skipped"), 0)
     mine = [one for one in known if one.get("rank", args.rank) == args.rank]
     return mine[0] if mine else about | {"source": source, "shards": [], "rank": args.rank, "done": False} | new, paths
 
@@ -446,7 +434,6 @@ def run(args):
     state, paths = open_state(args)
     if "done" not in state:  # it is meta.json
         return print(f"{directory} already holds these shards")
-    limit = min(args.max_tokens or sys.maxsize, (args.max_shards or sys.maxsize) * args.shard_size)
     os.makedirs(directory, exist_ok=True)
     lock = open(f"{directory}/state_{args.rank:05d}.lock", "a", encoding="utf-8")  # noqa: SIM115, held open
     with contextlib.suppress(ImportError):  # Windows has no such lock
@@ -456,42 +443,42 @@ def run(args):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
         except BlockingIOError:
             fail(f"another run of rank {args.rank} writes to {directory}: wait for it, or name another --local_dir")
+    for path in (f"{directory}/{shard['file']}" for shard in state["shards"][-1:]):
+        if os.path.exists(f"{path}.tmp"):  # killed before the last line of finish_shard
+            os.replace(f"{path}.tmp", path)
+    for stale in glob.glob(f"{glob.escape(folder)}/.cache/**/*.incomplete", recursive=True):
+        os.remove(stale)  # of a killed run; the library begins a new one
+    limit = min(args.max_tokens or sys.maxsize, (args.max_shards or sys.maxsize) * args.shard_size)
     need, free = 2 * (min(args.shard_size, limit) - state["partial"]), shutil.disk_usage(directory).free
     if need > free:
         fail(f"a shard takes {need} bytes, {directory} has {free} left: use a smaller --shard_size or make room")
-    shards, mine = Shards(directory, state, limit), slice(args.rank, None, args.world_size)
-    files, first = state["source"]["files"][mine], state["file"]
-    todo, sizes, read = files[first:] if shards.total < limit else [], [size for _, size in files], 0
-    for stale in glob.glob(f"{glob.escape(folder)}/.cache/**/*.incomplete", recursive=True):
-        os.remove(stale)  # of a killed run; the library begins a new one
-    with start_workers(args.workers + (not paths)) as submit, tqdm(unit="tok", unit_scale=True, disable=None) as bar:
-        if paths:
-            todo = paths[mine][first:][: len(todo)]
-        else:
-            start = functools.partial(submit, download, args.repo_id, state["source"]["revision"], folder)
-            todo = ahead((start(*file) for file in todo), 1)
-        for file, path in enumerate(todo, first):
-            for share, found in tokenize_file(submit, args, path, state["row"]):
-                shards.add(*found)
+    files, first = state["source"]["files"][args.rank :: args.world_size], state["file"]
+    sizes, todo, read = [size for _, size in files], files[first:] if state["tokens"] < limit else [], 0
+    bar = tqdm(initial=state["tokens"], unit="tok", unit_scale=True, disable=None)
+    with start_workers(args.workers + (not paths)) as submit, bar:
+        fetch = functools.partial(submit, download, args.repo_id, state["source"]["revision"], folder)
+        coming = paths[args.rank :: args.world_size][first:] if paths else ahead((fetch(*file) for file in todo), 1)
+        for file, (_, path) in enumerate(zip(todo, coming, strict=False), first):
+            for share, *found in tokenize_file(submit, args, path, state["row"]):
+                add(directory, state, limit, *found)
                 read += found[2] / 1e6
                 share = (sum(sizes[:file]) + sizes[file] * share) / sum(sizes)
-                bar.total = int(min(limit, shards.total / share))
+                bar.total = int(min(limit, state["tokens"] / share))
                 bar.set_postfix_str(f"{read / (time.perf_counter() - began):.1f} MB/s", refresh=False)
-                bar.update(shards.total - bar.n)
-                if shards.total == limit:
+                bar.update(state["tokens"] - bar.n)
+                if state["tokens"] == limit:
                     break
-            if shards.total == limit:
+            if state["tokens"] == limit:
                 break
-            shards.save(file=file + 1, row=0)
+            save(directory, state, file=file + 1, row=0)
             if not paths and not args.keep_parquet:
                 os.remove(path)
-    shards.save(finish=True, done=True)
+    finish_shard(directory, state)
+    save(directory, state, done=True)
     if not args.keep_parquet:
         shutil.rmtree(folder, ignore_errors=True)
-    print(
-        f"{state['documents']:,} documents ({state['skipped']:,} empty ones skipped), {state['bytes']:,} bytes of text,"
-    )
-    print(f"{shards.total:,} tokens in {len(state['shards'])} shards, {time.perf_counter() - began:.1f} seconds")
+    print(f"{state['documents']:,} documents ({state['skipped']:,} empty ones skipped), {state['bytes']:,} bytes,")
+    print(f"{state['tokens']:,} tokens in {len(state['shards'])} shards, {time.perf_counter() - began:.1f} seconds")
     if args.world_size == 1:
         return finish(directory)
     print(f"rank {args.rank} is done: when all {args.world_size} are, run --finish --local_dir {directory}")
@@ -527,8 +514,10 @@ def main():
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_VERBOSITY="critical")
     try:
         verify(args.verify) if args.verify else finish(args.local_dir) if args.finish else run(args)
-    except BrokenExecutor as error:
-        fail(str(error))
+    except BrokenExecutor:
+        fail(
+            "a worker process was killed, perhaps for lack of memory: the same command continues, fewer --workers help"
+        )
     except requests.RequestException as error:
         reason = f"cannot fetch the GPT-2 vocabulary ({type(error).__name__})"
         fail(f"{reason}: point TIKTOKEN_CACHE_DIR at a folder that holds it, or use --tokenizer bytes")

@@ -72,13 +72,13 @@ def main():
         def pipeline(submit):
             args = SimpleNamespace(workers=2, tokenizer="gpt2", text_column="text")
             settings = {"source": {"shard_size": 100_000_000, "world_size": 1}, "shards": [], "eot_token": 50256}
-            state = dict.fromkeys(("rank", "file", "row", "skip", "partial", "documents", "bytes", "skipped"), 0)
-            shards = fineweb.Shards(tempfile.mkdtemp(dir=folder), settings | state, sys.maxsize)
+            counts = ("rank", "file", "row", "skip", "tokens", "partial", "documents", "bytes", "skipped")
+            state, directory = settings | dict.fromkeys(counts, 0), tempfile.mkdtemp(dir=folder)
             began = time.perf_counter()
-            for _, found in fineweb.tokenize_file(submit, args, source, 0):
-                shards.add(*found)
-            shards.save(finish=True)
-            assert shards.total == number
+            for _, *found in fineweb.tokenize_file(submit, args, source, 0):
+                fineweb.add(directory, state, sys.maxsize, *found)
+            fineweb.finish_shard(directory, state)
+            assert state["tokens"] == number
             return time.perf_counter() - began
 
         def usual(pool):
