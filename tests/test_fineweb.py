@@ -275,7 +275,7 @@ def send_bytes(pipe, message):
     plain(pipe, message)
 
 left, plain = int(os.environ["LEFT"]), multiprocessing.connection.Connection._send_bytes
-if multiprocessing.parent_process():
+if __name__ == "__mp_main__":  # in a worker
     multiprocessing.connection.Connection._send_bytes = send_bytes
 if __name__ == "__main__":
     fineweb.main()
