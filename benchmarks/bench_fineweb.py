@@ -16,7 +16,6 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,16 +69,16 @@ def main():
         source = f"{folder}/texts.parquet"
         pq.write_table(pa.table({"text": texts}), source, row_group_size=1000, compression="zstd")
 
-        def pipeline(pool):
-            settings = SimpleNamespace(workers=2, tokenizer="gpt2", text_column="text")
-            state = {"shards": [], "rank": 0, "partial": 0, "skip": 0, "counts": [0] * 4}
-            directory = tempfile.mkdtemp(dir=folder)
-            shards = fineweb.Shards(directory, state | {"source": {"shard_size": 100_000_000, "world_size": 1}})
+        def pipeline(submit):
+            args = SimpleNamespace(workers=2, tokenizer="gpt2", text_column="text")
+            settings = {"source": {"shard_size": 100_000_000, "world_size": 1}, "shards": [], "eot_token": 50256}
+            counts = ("rank", "file", "row", "skip", "tokens", "partial", "documents", "bytes", "skipped")
+            state, directory = settings | dict.fromkeys(counts, 0), tempfile.mkdtemp(dir=folder)
             began = time.perf_counter()
-            for found in fineweb.tokenize_files(pool, settings, [source], 0, 0):
-                shards.add(*found, sys.maxsize)
-            shards.save(True)
-            assert shards.total == number
+            for _, *found in fineweb.tokenize_file(submit, args, source, 0):
+                fineweb.add(directory, state, sys.maxsize, *found)
+            fineweb.finish_shard(directory, state)
+            assert state["tokens"] == number
             return time.perf_counter() - began
 
         def usual(pool):
@@ -105,8 +104,8 @@ def main():
                 process.join()
             return result
 
-        with ProcessPoolExecutor(2, context, fineweb.start_worker) as ours, context.Pool(2) as theirs:
-            for future in [ours.submit(fineweb.tokenize, "gpt2", texts[:100]) for _ in range(8)]:
+        with fineweb.start_workers(2) as ours, context.Pool(2) as theirs:
+            for future in [ours(fineweb.tokenize, "gpt2", pa.array(texts[:100])) for _ in range(8)]:
                 future.result()
             theirs.map(plain_tokenize, texts[:200], chunksize=1)
             times = {"a": [], "b": [], "c": []}
