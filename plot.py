@@ -29,7 +29,8 @@ REFERENCES = [("loss", "GPT-2 124M", 3.2924, "--"), ("hella", "GPT-3 124M", 0.33
 REFERENCES += [("hella", "GPT-2 124M", 0.2955, "--")]
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, for all eyes
 STYLE = {"font.size": 12, "axes.grid": True, "grid.color": "#e5e5e5", "axes.xmargin": 0.02, "legend.frameon": False}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "lines.markeredgecolor": "white"}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 11, "legend.handlelength": 1.5}
+STYLE |= {"lines.markersize": 5, "lines.markeredgewidth": 0.5, "lines.markeredgecolor": "white"}
 
 
 def fail(message):
@@ -56,8 +57,8 @@ def read_run(log_dir):
     if wrong:
         what = f"skipped {len(wrong)} of {len(lines)} lines that are no 'step kind value', the first is line {wrong[0]}"
         print(f"warning: {log_dir}/log.txt: {what}", file=sys.stderr)
-    with suppress(OSError, ValueError), open(f"{log_dir}/run.json", encoding="utf-8") as file:
-        flags = json.load(file)
+    with suppress(OSError, ValueError, TypeError), open(f"{log_dir}/run.json", encoding="utf-8") as file:
+        flags = dict(json.load(file))
     log = {kind: np.array(sorted(figures.items()), float).T for kind, figures in found.items()}  # (2, N)
     return {kind: (x, np.where(np.isfinite(y), y, np.nan)) for kind, (x, y) in log.items()}, flags
 
@@ -84,6 +85,8 @@ def draw(log_dirs, path, tokens_per_step=None, reference=None):
     found = {kind for log in logs for kind, (_, y) in log.items() if np.isfinite(y).any()}
     if not found & {*LABELS, "val"}:
         raise ValueError(f"{log_dirs[0]}/log.txt has nothing to draw yet: wait for the first step, or name another run")
+    names = [os.path.basename(os.path.abspath(one)) for one in log_dirs]
+    names = names if len(set(names)) == len(names) else log_dirs
     if reference is None:
         data = [f"{one['tokenizer']} {one.get('source')}" for one in flags if "tokenizer" in one]
         reference = bool(data) and all(re.match(r"gpt2 .*HuggingFaceFW/fineweb-edu(?![\w-])", one) for one in data)
@@ -101,37 +104,38 @@ def draw(log_dirs, path, tokens_per_step=None, reference=None):
         figure = pyplot.figure(figsize=(10, 7), dpi=160, layout="constrained")  # inches
         panels = figure.subplot_mosaic(rows, height_ratios=[3, 2][: len(rows)])
         figure.supxlabel(x_label, size=12)
-        late = []  # losses after the first fiftieth of their run: the fall before would flatten all the rest
-        for i, (log, log_dir, scale) in enumerate(zip(logs, log_dirs, scales, strict=True)):
+        late = []  # losses after the first twentieth of their run: the fall before would flatten all the rest
+        for i, (log, name, scale) in enumerate(zip(logs, names, scales, strict=True)):
             style = {"color": COLORS[i % len(COLORS)], "ls": ["-", "--", ":"][i // len(COLORS) % 3]}
-            name = os.path.basename(os.path.abspath(log_dir))
             for kind, (x, y) in log.items():
                 axes = panels.get("loss" if kind == "val" else kind)
-                if kind in ("loss", "val"):
-                    late.extend(y[x >= x[-1] / 50])
+                if not axes:
+                    continue
+                if axes is panels["loss"]:
+                    late.extend(y[x >= x[-1] / 20])
                 if kind == "val" and np.isfinite(y).any():
-                    name += f": val loss {y[np.isfinite(y)][-1]:.4f}"
+                    name = f"{name}: val loss {y[np.isfinite(y)][-1]:.4f}"
                 if kind in ("val", "hella"):
-                    axes.plot(x * scale, y, "o", color=style["color"], ms=5, mew=0.5, zorder=3)
-                elif axes:
-                    marker = {"marker": "o", "ms": 4} if len(x) < 20 else {}
-                    axes.plot(x * scale, y, **style, **marker, lw=0.6, alpha=0.35)
-                    axes.plot(x * scale, smooth(y), **style, lw=1.8)
+                    axes.plot(x * scale, y, "o", color=style["color"], zorder=3)
+                else:
+                    axes.plot(x * scale, y, **style, lw=0.6, alpha=0.35)
+                    mean = y if kind == "lr" else smooth(y)
+                    axes.plot(x * scale, mean, **style, lw=1.8, marker="o" if len(x) < 20 else None)
             panels["loss"].plot([], [], **style, lw=4, label=name)
         panels["loss"].plot([], [], color="#555555", lw=1.8, label="train")
-        panels["loss"].plot([], [], "o", color="#555555", ms=5, label="validation")
+        panels["loss"].plot([], [], "o", color="#555555", label="validation")
         for kind, model, value, line in REFERENCES if reference else []:
             if kind in panels:
                 panels[kind].axhline(value, color="#555555", lw=1.2, ls=line, label=f"{model}: {value}")
                 late.extend([value] if kind == "loss" else [])
         for kind, axes in panels.items():
             axes.set_ylabel(LABELS[kind])
-        panels["loss"].legend(loc="upper right")
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="upper right" if kind == "loss" else "lower right")
         if np.isfinite(late).any():
             low, high = np.nanmin(late), np.nanmax(late)
-            panels["loss"].set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-        if "hella" in panels and reference:
-            panels["hella"].legend(loc="lower right")
+            margin = 0.05 * (high - low) or 0.1
+            panels["loss"].set_ylim(low - margin, high + margin)
         if "norm" in panels:
             panels["norm"].set_yscale("log", subs=[2, 5])
             panels["norm"].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
@@ -178,6 +182,8 @@ def main():
     if args.show:
         from matplotlib import pyplot
 
+        if pyplot.get_backend().lower() == "agg":  # the library's way out where no window can be opened
+            fail(f"--show finds no display: look at {path}")
         pyplot.show()
 
 
