@@ -1,0 +1,300 @@
+"""plot.py: that the picture shows the figures of the logs, and what it does with logs that are not whole."""
+
+import json
+import math
+import re
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+from conftest import TINY, call, load, losses, run
+
+matplotlib.use("Agg")
+from matplotlib import image, pyplot  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+FINEWEB_EDU = {"repo_id": "HuggingFaceFW/fineweb-edu", "remote_name": "sample-10BT", "files": [["a.parquet", 7]]}
+FOREIGN = "0 val 10.9482\n0 hella 0.2466\n0 train 10.955029\n250 val 6.1631\n250 hella 0.2434\n250 train 6.152315\n"
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """No figure outlives its test."""
+    yield
+    pyplot.close("all")
+
+
+def write_run(log_dir, log=None, flags=None):
+    """A run's directory with this log.txt (by default 200 steps of every kind) and run.json; returns its path."""
+    rng = np.random.default_rng(len(log_dir.name))
+    log_dir.mkdir(parents=True)
+    if log is None:
+        log = "".join(
+            f"{step} train {3 + 8 / (1 + step / 4) + 0.1 * rng.normal():.6f}\n{step} lr {6e-4 * (step + 1) / 200:.4e}\n"
+            f"{step} norm {rng.uniform(0.2, 4):.4f}\n{step} tok/s {rng.uniform(9e3, 1e4):.1f}\n"
+            + (f"{step} val {3.1 + 8 / (1 + step / 4):.4f}\n{step} hella {0.25 + step / 9e3:.4f}\n" * (step % 50 == 0))
+            for step in range(200)
+        )
+    (log_dir / "log.txt").write_text(log)
+    if flags is not None:
+        (log_dir / "run.json").write_text(json.dumps(flags))
+    return str(log_dir)
+
+
+def panel(figure, label):
+    """The axes whose y label begins so."""
+    return next(axes for axes in figure.axes if axes.get_ylabel().startswith(label))
+
+
+def series(figure, label):
+    """The data of the lines of a panel, legend entries left out: arrays (2, N)."""
+    return [np.array(line.get_data(), float) for line in panel(figure, label).lines if len(line.get_xdata())]
+
+
+def references(figure):
+    """The heights of the dashed and dotted lines across the panels."""
+    lines = [line for axes in figure.axes for line in axes.lines if list(line.get_xdata()) == [0, 1]]
+    return sorted(line.get_ydata()[0] for line in lines)
+
+
+def draw(log_dirs, tmp_path, pixels=False, **options):
+    """The figure that plot.py makes; only with pixels, which take half a second, in tmp_path/picture.png, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not pixels:
+            patch.setattr(Figure, "savefig", lambda self, path, **_: open(path, "w").close())
+        return load("plot").draw([str(one) for one in log_dirs], str(tmp_path / "picture.png"), **options)
+
+
+# --------------------------------------------------------------------------------- what is drawn
+def test_the_curves_are_the_figures_of_the_log(tmp_path):
+    log_dir = write_run(tmp_path / "log", flags={"total_batch_size": 1000})
+    figure = draw([log_dir], tmp_path)
+    assert figure.get_supxlabel() == "tokens (millions)"
+    labels = {"train": "loss", "hella": "HellaSwag", "lr": "learning rate", "norm": "gradient", "tok/s": "tokens/s"}
+    assert len(figure.axes) == len(labels)
+    for kind, label in labels.items():
+        expected = np.array([(step * 1000 / 1e6, value) for step, value in losses(log_dir, kind).items()]).T
+        assert np.allclose(series(figure, label)[0], expected), kind
+    val = np.array([(step / 1e3, value) for step, value in losses(log_dir, "val").items()]).T
+    assert any(np.array_equal(one, val) for one in series(figure, "loss"))
+    low, high = panel(figure, "loss").get_ylim()
+    train = losses(log_dir)
+    assert train[0] > high, "the fall of the first steps would flatten the rest"
+    assert all(low < train[step] < high for step in range(10, 200))
+    assert panel(figure, "tokens/s").get_ylim()[0] == 0
+    assert panel(figure, "gradient").get_yscale() == "log"
+
+
+def test_smoothing_is_a_mean_around_each_point_without_nans():
+    values = np.random.default_rng(0).normal(size=1000)
+    values[[0, 5, 500, 501]] = np.nan
+    values[700:750] = np.nan  # wider than a window
+    smoothed = load("plot").smooth(values)
+    for i, value in enumerate(smoothed):
+        reach = min(i, 10)
+        window = values[i - reach : i + reach + 1]
+        assert np.isnan(value) if np.isnan(window).all() else math.isclose(value, np.nanmean(window), abs_tol=1e-12)
+    assert np.isnan(smoothed).sum() == 31
+
+
+def test_a_spike_does_not_blur_the_mean_of_later_steps():
+    values = np.ones(1000)
+    values[100] = 1e30
+    assert np.array_equal(load("plot").smooth(values)[111:], np.ones(889))
+
+
+def test_runs_are_overlaid_in_colors_of_their_own(tmp_path):
+    runs = [write_run(tmp_path / name, flags={"total_batch_size": 10**9}) for name in ("a", "bb", "ccc")]
+    runs[0] += "/"
+    figure = draw(runs, tmp_path)
+    assert figure.get_supxlabel() == "tokens (billions)"
+    handles, labels = panel(figure, "loss").get_legend_handles_labels()
+    last = losses(runs[1], "val")[150]
+    assert [label.split(":")[0] for label in labels] == ["a", "bb", "ccc", "train", "validation"]
+    assert labels[1] == f"bb: val loss {last:.4f}"
+    assert len({handle.get_color() for handle in handles[:3]}) == 3
+    for i, log_dir in enumerate(runs):
+        raw = series(figure, "learning rate")[2 * i]
+        assert np.allclose(raw[1], list(losses(log_dir, "lr").values()))
+        color = panel(figure, "learning rate").lines[2 * i].get_color()
+        assert color == handles[i].get_color(), "a run has one color in every panel"
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [write_run(tmp_path / name / "log") for name in "ab"]
+    labels = panel(draw(runs, tmp_path), "loss").get_legend_handles_labels()[1]
+    assert [label.split(": val")[0] for label in labels[:2]] == runs
+
+
+def test_build_nanogpts_log(tmp_path):
+    """It tells neither tokens nor data, and has neither learning rate nor norm."""
+    log_dir = write_run(tmp_path / "log", FOREIGN)
+    figure = draw([log_dir], tmp_path)
+    assert "steps" in figure.get_supxlabel() and "--tokens_per_step" in figure.get_supxlabel()
+    assert len(figure.axes) == 2 and references(figure) == []
+    assert np.array_equal(series(figure, "HellaSwag")[0], [[0, 250], [0.2466, 0.2434]])
+    figure = draw([log_dir], tmp_path, tokens_per_step=524288, reference=True)
+    assert figure.get_supxlabel() == "tokens (millions)"
+    assert np.allclose(series(figure, "HellaSwag")[0][0], [0, 131.072])
+    assert references(figure) == [0.2955, 0.337, 3.2924]
+    low, high = panel(figure, "loss").get_ylim()
+    assert low < 3.2924 < high
+
+
+def test_steps_are_shown_where_the_tokens_of_one_run_are_unknown(tmp_path):
+    runs = [write_run(tmp_path / "a", FOREIGN, {"total_batch_size": 524288}), write_run(tmp_path / "b", FOREIGN)]
+    assert "steps" in draw(runs, tmp_path).get_supxlabel()
+    assert draw(runs, tmp_path, tokens_per_step=1).get_supxlabel() == "tokens (millions)"
+
+
+# ------------------------------------------------------------------------------------ references
+EDU = {"tokenizer": "gpt2", "source": FINEWEB_EDU}
+BOOKS = {"tokenizer": "gpt2", "source": {"repo_id": None, "files": [["books.parquet", 7]]}}
+SCORE_2 = {"tokenizer": "gpt2", "source": {"repo_id": "HuggingFaceFW/fineweb-edu-score-2"}}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([EDU], True),
+        ([EDU | {"source": str(FINEWEB_EDU)}], True),
+        ([EDU | {"source": json.dumps(FINEWEB_EDU)}], True),
+        ([EDU, None], True),  # beside build-nanogpt's
+        ([EDU, BOOKS], False),
+        ([BOOKS], False),
+        ([SCORE_2], False),
+        ([EDU | {"tokenizer": "bytes"}], False),
+        ([{"tokenizer": "gpt2"}], False),
+        ([{"total_batch_size": 8}], False),
+        ([[1, 2]], False),
+        ([None], False),
+    ],
+)
+def test_references_are_drawn_on_fineweb_edu_alone(tmp_path, flags, expected):
+    runs = [write_run(tmp_path / str(i), "0 train 3.5\n", one) for i, one in enumerate(flags)]
+    assert bool(references(draw(runs, tmp_path))) == expected
+    assert not references(draw(runs, tmp_path, reference=False))
+
+
+def test_fineweb_edu_is_what_fineweb_py_calls_it():
+    default = re.search(r"--repo_id .*?\((\S+)\)", call("fineweb", "--help").stdout, re.S)[1]
+    assert default == FINEWEB_EDU["repo_id"]
+
+
+# ------------------------------------------------------------------------- logs that are not whole
+def test_a_log_cut_in_the_middle_of_a_line_is_drawn_without_it(tmp_path, capsys):
+    log_dir = write_run(tmp_path / "log", "0 train 5.5\n1 train 5.4\n2 train 5.3\n3 train 4")  # it was 4.9, say
+    assert np.array_equal(series(draw([log_dir], tmp_path), "loss")[0], [[0, 1, 2], [5.5, 5.4, 5.3]])
+    assert capsys.readouterr().err == ""
+
+
+def test_other_lines_are_counted(tmp_path, capsys):
+    lines = ["0 train 5.5", "", "1 train", "one train 5", "1 train five", "\0\0\0", "1 train 5.4", "2 odd 1", "\xff x"]
+    log_dir = write_run(tmp_path / "log", "\n".join(lines) + "\n")
+    assert np.array_equal(series(draw([log_dir], tmp_path), "loss")[0], [[0, 1], [5.5, 5.4]])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"{log_dir}/log.txt: skipped 6 of 9 lines" in err and "line 2" in err
+
+
+def test_a_step_that_is_logged_twice_counts_once(tmp_path):
+    log_dir = write_run(tmp_path / "log", "0 train 5\n1 train 4\n2 train 3\n1 train 4.5\n")
+    assert np.array_equal(series(draw([log_dir], tmp_path), "loss")[0], [[0, 1, 2], [5, 4.5, 3]])
+
+
+def test_what_is_not_finite_is_a_gap(tmp_path):
+    log_dir = write_run(tmp_path / "log", "0 train 5\n1 train nan\n2 train inf\n3 train 4\n0 hella nan\n0 norm nan\n")
+    figure = draw([log_dir], tmp_path)
+    assert np.array_equal(series(figure, "loss")[0][1], [5, np.nan, np.nan, 4], equal_nan=True)
+    assert len(figure.axes) == 1, "a panel for nothing"
+
+
+@pytest.mark.parametrize("kind", ["train", "val"])
+def test_a_single_point_is_seen(tmp_path, kind):
+    """In each panel there are pixels of the run's color."""
+    log = f"0 {kind} 5.5\n0 hella 0.25\n0 lr 3e-4\n0 norm 2.5\n0 tok/s 1e4\n"
+    figure = draw([write_run(tmp_path / "log", log)], tmp_path, pixels=True)
+    colors = image.imread(tmp_path / "picture.png")[::-1, :, :3]  # from the bottom up
+    blue = np.abs(colors - [0, 0x72 / 255, 0xB2 / 255]).sum(axis=2) < 0.1
+    assert len(figure.axes) == 5
+    for axes in figure.axes:
+        (left, bottom), (right, top) = axes.get_window_extent().get_points().astype(int)
+        below = bottom + (top - bottom) * 3 // 4 if axes.get_legend() else top
+        assert blue[bottom:below, left:right].sum() > 10, axes.get_ylabel()
+
+
+def test_a_run_that_has_just_begun_may_stand_beside_another(tmp_path):
+    runs = [write_run(tmp_path / "a", FOREIGN), write_run(tmp_path / "b", "")]
+    assert len(series(draw(runs, tmp_path), "loss")) == 3
+
+
+# ----------------------------------------------------------------------------------- command line
+def test_the_picture_of_a_real_run(tmp_path, byte_shards):
+    log_dir = tmp_path / "log"
+    done = call("train_gpt2", "--data_dir", byte_shards, "--log_dir", log_dir, *TINY, "--no-compile")
+    assert done.returncode == 0, done.stderr
+    environment = {"MPLBACKEND": "tkagg", "DISPLAY": ""}  # a backend that could not open here
+    done = run("plot", "log", "--tokens_per_step", 128, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "log/curves.png\n", "")
+    picture = image.imread(log_dir / "curves.png")
+    assert picture.shape[:2] == (1120, 1600)
+    assert not list(log_dir.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["nosuch"], ["nosuch/log.txt", "log.txt"]),
+        (["empty"], ["empty/log.txt", "nothing to draw"]),
+        (["nan"], ["nan/log.txt", "nothing to draw"]),
+        (["odd"], ["odd/log.txt", "nothing to draw"]),
+        (["good", "nosuch"], ["nosuch/log.txt"]),
+        (["good", "--output", "nosuch/a.png"], ["nosuch/a.png", "--output"]),
+        (["good", "--output", "good"], ["good"]),
+        (["good", "--output", "a.foo"], ["foo", "png"]),
+        (["good", "--tokens_per_step", "0"], ["--tokens_per_step is 0"]),
+        (["good", "--tokens_per_step", "many"], ["--tokens_per_step", "--help"]),
+        ([], ["DIR", "--help"]),
+    ],
+)
+def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, flags, words):
+    for name, log in {"empty": "", "nan": "0 train nan\n", "odd": "0 skipped 1\n", "good": "0 train 5\n"}.items():
+        write_run(tmp_path / name, log)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    done = call("plot", *flags)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ")
+    for word in words:
+        assert word in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_last_picture_stays_when_the_next_cannot_be_written(tmp_path, monkeypatch):
+    def half(self, path, **_):
+        with open(path, "w") as file:
+            file.write("half a pict")
+        raise OSError(28, "No space left on device")
+
+    log_dir = write_run(tmp_path / "log", "0 train 5\n")
+    (tmp_path / "log" / "curves.png").write_text("the last picture")
+    monkeypatch.setattr(Figure, "savefig", half)
+    done = call("plot", log_dir)
+    assert done.returncode == 2 and "No space left" in done.stderr
+    assert (tmp_path / "log" / "curves.png").read_text() == "the last picture"
+    assert sorted(one.name for one in (tmp_path / "log").iterdir()) == ["curves.png", "log.txt"]
+
+
+def test_without_matplotlib_a_line_says_how_to_get_it(tmp_path, monkeypatch):
+    log_dir = write_run(tmp_path / "log", "0 train 5\n")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = call("plot", log_dir)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "matplotlib" in done.stderr and "pip install -r requirements.txt" in done.stderr
+
+
+def test_show_without_a_display_still_writes(tmp_path, monkeypatch):
+    log_dir = write_run(tmp_path / "log", "0 train 5\n")
+    done = call("plot", log_dir, "--show")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "display" in done.stderr
+    assert (tmp_path / "log" / "curves.png").exists()
