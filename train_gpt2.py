@@ -16,6 +16,7 @@ Expect a loss of about ln(vocab_size) + n_embd * 0.02^2 / 2 at step 0 (10.98 for
 import argparse
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
 from contextlib import nullcontext, suppress
@@ -678,6 +680,15 @@ def matmul_peak(device, dtype):
     return 2 * n**3 / seconds
 
 
+def draw_curves(log_dir):
+    """Start plot.py, where it stands beside this file, on the run so far; whatever becomes of it, the run goes on."""
+    plot = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plot.py")
+    if os.path.exists(plot) and importlib.util.find_spec("matplotlib"):
+        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        with suppress(OSError):
+            subprocess.Popen(["nice", sys.executable, plot, log_dir], start_new_session=True, **silent)
+
+
 # ----------------------------------------------------------------------------------- checkpoints
 RESULT_FLAGS = (  # what a resumed run must share with its beginning: they decide what the model becomes
     *("data", "shuffle", "seed", "n_layer", "n_head", "n_embd", "block_size"),
@@ -875,6 +886,7 @@ def parse_args():
     add = parser.add_argument_group("system").add_argument
     add("--log_dir", default="log", help="directory of the run's log and checkpoints (log)")
     add("--log_interval", type=int, help="steps between lines on the screen")
+    add("--plot", action=switch, default=True, help="draw log_dir/curves.png at every validation (on)")
     add("--checkpoint_interval", type=int, help="steps between checkpoints")
     add("--keep_checkpoints", type=int, default=3, help="newest checkpoints that stay (3; 0: all)")
     resume = "go on from the checkpoint DIR (from log_dir's newest)"
@@ -1155,9 +1167,8 @@ def main():
             val_args = (args.val_tokens, args.micro_batch_size, rank, world_size, device, autocast, caught)
             val_loss = evaluate(raw_model, val_windows, *val_args)
             stopping = val_loss is None  # the resumed run evaluates this step again
-            if not stopping:
-                log(step, val=f"{val_loss:.4f}")
             if rank == 0 and not stopping:
+                log(step, val=f"{val_loss:.4f}")
                 say(f"step {step:5d} | val loss: {val_loss:.4f}")
                 sample_args = (enc, args.prompt, args.max_new_tokens, device, autocast)
                 for text in sample(raw_model, *sample_args) if enc and math.isfinite(val_loss) else []:
@@ -1165,10 +1176,11 @@ def main():
         if examples and not stopping and (last_step or step % args.hellaswag_interval == 0):
             acc_norm = evaluate_hellaswag(raw_model, examples, rank, world_size, device, autocast, caught)
             stopping = acc_norm is None
-            if not stopping:
-                log(step, hella=f"{acc_norm:.4f}")
             if rank == 0 and not stopping:
+                log(step, hella=f"{acc_norm:.4f}")
                 say(f"step {step:5d} | HellaSwag acc_norm: {acc_norm:.4f}")
+        if rank == 0 and args.plot and (last_step or step % args.eval_interval == 0):
+            draw_curves(args.log_dir)
         if last_step or stopping:
             save(step)
             break

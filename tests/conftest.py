@@ -36,7 +36,7 @@ import torch  # noqa: E402
 TINY_MODEL = ["--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16]
 TINY = [*TINY_MODEL, "--total_batch_size", 128, "--micro_batch_size", 8, "--max_steps", 5, "--warmup_steps", 2]
 TINY += ["--learning_rate", 1e-3, "--eval_interval", 5, "--val_tokens", 400, "--checkpoint_interval", 100]
-TINY += ["--log_interval", 1, "--prompt", "KING", "--device", "cpu"]
+TINY += ["--log_interval", 1, "--prompt", "KING", "--device", "cpu", "--no-plot"]
 
 
 # ------------------------------------------------------------------------------------- scripts
