@@ -28,7 +28,7 @@ ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 STEPS = 60
 FLAGS = f"--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --dropout 0.1 --max_steps {STEPS} --warmup_steps 5 "
 FLAGS += "--total_batch_size 512 --micro_batch_size 8 --learning_rate 1e-2 --checkpoint_interval 3 --eval_interval 10 "
-FLAGS += "--val_tokens 640 --log_interval 1 --max_new_tokens 8 --prompt A --device cpu --resume"
+FLAGS += "--val_tokens 640 --log_interval 1 --max_new_tokens 8 --prompt A --device cpu --no-plot --resume"
 
 
 def make_data(directory):
