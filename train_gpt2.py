@@ -614,18 +614,19 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, blocks, learning_rate, weight_decay, rank, world_size):
-        matrices = [p for p in blocks.parameters() if p.dim() == 2]
-        fused = [p for name, p in blocks.named_parameters() if name.endswith("c_attn.weight")]
-        self.parts = {p: 3 if any(p is q for q in fused) else 1 for p in matrices}  # matrices on top of each other
+        matrices = {name: p for name, p in blocks.named_parameters() if p.dim() == 2}
+        self.parts = {p: 3 if name.endswith("c_attn.weight") else 1 for name, p in matrices.items()}  # q, k and v
         self.rank, self.world_size = rank, world_size
-        super().__init__(matrices, dict(lr=learning_rate, weight_decay=weight_decay, momentum=0.95))
+        super().__init__(matrices.values(), dict(lr=learning_rate, weight_decay=weight_decay, momentum=0.95))
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
         sent = []
         for i, p in enumerate(group["params"]):
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum"]
             momentum.lerp_(p.grad, 1 - group["momentum"])
             owner = i % self.world_size
             if owner == self.rank:
