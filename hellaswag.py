@@ -57,7 +57,8 @@ def read_pretrained(directory_or_name):
         from huggingface_hub import snapshot_download
 
         directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
-    defaults = {"n_positions": 1024, "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    defaults = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "n_inner": None}
+    defaults |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
     try:
         with open(f"{directory}/config.json", encoding="utf-8") as file:
             config = defaults | json.load(file)
@@ -69,6 +70,8 @@ def read_pretrained(directory_or_name):
             what = unlike[0] if unlike else "activation_function"
             raise ValueError(f"its {what} is {config[what]!r}, which GPT-2 does not have")
         tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
+        if config["n_embd"] % config["n_head"]:
+            raise ValueError(f"its n_embd {config['n_embd']} is not divisible by its n_head {config['n_head']}")
         V, C, n_inner = config["vocab_size"], config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
         shapes = {"wte.weight": (V, C), "wpe.weight": (config["n_positions"], C)}
         linears = {
@@ -173,8 +176,8 @@ def read_hellaswag(path, enc, size=None):
                 ind, label, context, endings = (example[name] for name in ("ind", "label", "ctx", "endings"))
                 if type(label) is not int or label not in range(4):
                     raise ValueError(f"its label is {label!r}, not 0, 1, 2 or 3")
-                if [type(text) for text in (context, *endings)] != 5 * [str] or not context:
-                    raise ValueError("its ctx and endings are not a text and four texts")
+                if type(endings) is not list or [*map(type, [context, *endings])] != 5 * [str] or not context:
+                    raise ValueError("its ctx and endings are not a text and a list of four")
             except (ValueError, KeyError, TypeError) as error:
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"line {number} of {path} is no HellaSwag example: {what}") from None
@@ -256,7 +259,7 @@ def make_batch(rows):
 
 @torch.no_grad()
 def score_rows(model, rows, device):
-    """The losses of rows, in nats, summed over each ending: (B, 4), on the device, 0 where a row lacks an ending."""
+    """The losses of rows in nats, (B, T, 4) on the device: of what comes next in each ending, 0 where nothing does."""
     idx, pos, branch, targets = (torch.from_numpy(array) for array in make_batch(rows))
     scored = (targets >= 0).any(-1).flatten().nonzero()[:, 0]  # (N,), the places from which an ending goes on
     targets = targets.flatten(0, 1)[scored].to(device)  # (N, 4)
@@ -266,9 +269,9 @@ def score_rows(model, rows, device):
     hidden = model.hidden(idx, pos, mask[:, None]).flatten(0, 1)[scored]  # (N, C)
     losses = torch.zeros(*branch.shape, 4, device=device)  # (B, T, 4)
     for at, h, target in zip(scored.split(1024), hidden.split(1024), targets.split(1024), strict=True):
-        log_probs = F.log_softmax(model.logits(h), dim=-1, dtype=torch.float32)  # 1024 rows: 200 MB for GPT-2
-        losses.view(-1, 4)[at] = -log_probs.gather(-1, target.clamp(min=0)) * (target >= 0)
-    return losses.sum(1)
+        log_probs = F.log_softmax(model.logits(h), dim=-1, dtype=torch.float32)  # 1024 of GPT-2's: 206 MB
+        losses.view(-1, 4)[at] = -log_probs.gather(-1, target.clamp(min=0)).where(target >= 0, 0.0)
+    return losses
 
 
 def score_hellaswag(model, examples, block_size, batch_tokens, device):
@@ -289,8 +292,10 @@ def score_hellaswag(model, examples, block_size, batch_tokens, device):
     running = None  # a batch is read when the next one is under way, so that a GPU never waits
     for batch in [*batches, None]:
         ready, running = running, batch and (batch, score_rows(model, [row for _, row in batch], device))
+        if ready:
+            ready = ready[0], ready[1].cpu().double().sum(1).tolist()  # (B, T, 4) -> (B, 4)
         scores = {}
-        for (i, (_, endings)), losses in zip(ready[0], ready[1].tolist(), strict=True) if ready else ():
+        for (i, (_, endings)), losses in zip(*ready, strict=True) if ready else ():
             sums, means = scores.setdefault(i, ([0.0] * 4, [0.0] * 4))
             for number, ending in endings.items():
                 sums[number], means[number] = losses[number], losses[number] / len(ending)
@@ -414,9 +419,7 @@ def main():
         for done, (i, sums, means) in enumerate(score_hellaswag(model, examples, block_size, batch_tokens, device), 1):
             ind, label, *_ = examples[i]
             if not math.isfinite(sum(sums)):
-                fail(
-                    f"example {ind} has the losses {sums}: the weights of --model {name} or --dtype {args.dtype} overflow"
-                )
+                fail(f"the losses of example {ind} are {sums}: --model {name} is broken, or try --dtype float32")
             pred, pred_norm = sums.index(min(sums)), means.index(min(means))
             right, right_norm = right + (pred == label), right_norm + (pred_norm == label)
             losses = {"losses": sums, "mean_losses": means}
