@@ -7,10 +7,10 @@ hellaswag.py against the plain method: one example at a time, four rows of conte
 
 The examples are spans of --source: contexts of 10 to 90 GPT-2 tokens, four endings of 5 to 60, one of them the
 true continuation. With --alike the endings of an example differ in length by a quarter at most from their middle,
-so that the plain method pads less. The model has random weights. The plain method runs transformers' GPT2LMHeadModel, in the
-same dtype on the same device. The two take turns with parts of the examples that are alike in length, as the
-batches of a whole run are. Printed are examples/s, their ratio, what it would be if matrix products alone took
-time and all the same, and how far losses and predictions agree.
+so that the plain method pads less. The model has random weights. The plain method runs transformers'
+GPT2LMHeadModel, in the same dtype on the same device. The two take turns with parts of the examples that are alike
+in length, as the batches of a whole run are. Printed are examples/s, their ratio, what it would be if products with
+weights alone took time and all the same, and how far losses and predictions agree.
 """
 
 import argparse
