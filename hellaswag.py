@@ -1,0 +1,441 @@
+"""
+Score a GPT-2 on HellaSwag: which of four endings does it find likeliest?
+
+    python hellaswag.py                                     # the newest checkpoint in log/
+    python hellaswag.py --model gpt2                        # OpenAI's, from the Hugging Face hub
+    python hellaswag.py --model log/step_019073 --output scores.json    # any directory, ours or Hugging Face's
+
+Fetches the 10,042 examples of the validation set to hellaswag/ once (--data FILE: none), and scores them as
+build-nanogpt and llm.c do: context and " " + ending are tokenised apart, acc counts the examples whose right
+ending has the smallest sum of losses, acc_norm those where it has the smallest mean. The last line is
+
+    10042 acc: 0.2859 acc_norm: 0.2955
+
+for gpt2, as published with build-nanogpt; guessing has 0.25. --output writes every loss as JSON.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import sys
+from contextlib import suppress
+
+import numpy as np
+import requests
+import tiktoken
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---------------------------------------------------------------------------------------- model
+# --- copied block: read_pretrained ---
+ACTIVATIONS = {  # by Hugging Face's names; gelu_new is GPT-2's
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face stores these transposed: (in, out)
+
+
+def read_pretrained(directory_or_name):
+    """The (config, tensors by name) of a GPT-2 in a directory, ours or Hugging Face's, or of a name on its hub.
+
+    config is config.json's object with GPT-2's defaults for what it leaves out, tensors are as the file holds
+    them, without their prefix "transformer.". Raises ValueError, in one line, where there is no GPT-2 that
+    these scripts can compute, and OSError where a name cannot be fetched.
+    """
+    directory = directory_or_name
+    if not os.path.isdir(directory):
+        from huggingface_hub import snapshot_download
+
+        directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
+    defaults = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "n_inner": None}
+    defaults |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    try:
+        with open(f"{directory}/config.json", encoding="utf-8") as file:
+            config = defaults | json.load(file)
+        if config.get("model_type") != "gpt2":
+            raise ValueError(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
+        unlike = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+        unlike = [name for name, value in unlike.items() if config.get(name, value) != value]
+        if config["activation_function"] not in ACTIVATIONS or unlike:
+            what = unlike[0] if unlike else "activation_function"
+            raise ValueError(f"its {what} is {config[what]!r}, which GPT-2 does not have")
+        tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
+        if config["n_embd"] % config["n_head"]:
+            raise ValueError(f"its n_embd {config['n_embd']} is not divisible by its n_head {config['n_head']}")
+        V, C, n_inner = config["vocab_size"], config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
+        shapes = {"wte.weight": (V, C), "wpe.weight": (config["n_positions"], C)}
+        linears = {
+            "attn.c_attn": (C, 3 * C),
+            "attn.c_proj": (C, C),
+            "mlp.c_fc": (C, n_inner),
+            "mlp.c_proj": (n_inner, C),
+        }
+        for i in range(config["n_layer"]):
+            for name, shape in linears.items():
+                shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
+        norms = [f"h.{i}.{name}" for i in range(config["n_layer"]) for name in ("ln_1", "ln_2")] + ["ln_f"]
+        shapes |= {f"{name}.{part}": (C,) for name in norms for part in ("weight", "bias")}
+        for name, shape in shapes.items():
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            if found != shape:
+                raise ValueError(f"{name} is {found}, config.json asks for {shape}")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{directory} holds no GPT-2: {error}") from None
+    return config, {name: tensors[name] for name in shapes}
+
+
+# --- end of copied block: read_pretrained ---
+# --- copied block: GPT ---
+class GPT:
+    """A GPT-2 for inference: the tensors of a checkpoint and the equations between them, no training.
+
+    The same function as train_gpt2.py's GPT and transformers' GPT2LMHeadModel. Raises as read_pretrained does.
+    """
+
+    def __init__(self, directory_or_name, device="cpu", dtype=torch.float32):
+        self.config, tensors = read_pretrained(directory_or_name)
+        tensors = {name: t.T if name.endswith(CONV1D) else t for name, t in tensors.items()}  # linears: (out, in)
+        self.tensors = {name: t.to(device, dtype).contiguous() for name, t in tensors.items()}
+
+    def linear(self, x, name):
+        return F.linear(x, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
+
+    def norm(self, x, name):
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.config["layer_norm_epsilon"])
+
+    def hidden(self, idx, pos, mask=None):
+        """What the head sees, (B, T, C), for ids idx at positions pos, each (B, T).
+
+        mask, bool and broadcastable to (B, n_head, T, T), is True where a query (row) may see a key (column);
+        without it every token sees itself and all before it.
+        """
+        (B, T), n_head = idx.shape, self.config["n_head"]
+        activation = ACTIVATIONS[self.config["activation_function"]]
+        x = self.tensors["wte.weight"][idx] + self.tensors["wpe.weight"][pos]  # (B, T, C)
+        for i in range(self.config["n_layer"]):
+            qkv = self.linear(self.norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")  # (B, T, 3C)
+            q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, nh, T, hs)
+            x = x + self.linear(y.transpose(1, 2).reshape(B, T, -1), f"h.{i}.attn.c_proj")
+            y = activation(self.linear(self.norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"))  # (B, T, n_inner)
+            x = x + self.linear(y, f"h.{i}.mlp.c_proj")
+        return self.norm(x, "ln_f")
+
+    def logits(self, hidden):
+        """The head: hidden (..., C) to logits (..., vocab_size)."""
+        return F.linear(hidden, self.tensors["wte.weight"])
+
+
+# --- end of copied block: GPT ---
+# ----------------------------------------------------------------------------------------- data
+# --- copied block: get_tokenizer ---
+def get_tokenizer(name):
+    """The tiktoken.Encoding called name.
+
+    "gpt2" has 50,257 tokens; tiktoken fetches its vocabulary once, or finds it in TIKTOKEN_CACHE_DIR, and
+    raises requests.RequestException where it cannot. "bytes" has 257, the 256 bytes and <|endoftext|>, and
+    never needs a network.
+    """
+    if name == "gpt2":
+        return tiktoken.get_encoding("gpt2")
+    ranks = {bytes([i]): i for i in range(256)}
+    pieces = r"(?s:.{1,1000})"  # how text is cut before merging: with no merges any cut gives the same
+    return tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+
+
+# --- end of copied block: get_tokenizer ---
+# --- copied block: read_hellaswag ---
+HELLASWAG_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+HELLASWAG_PATH = "hellaswag/hellaswag_val.jsonl"
+HELLASWAG_SIZE = 10042  # examples
+
+
+def read_hellaswag(path, enc, size=None):
+    """The examples of a file, tokenised: (ind, label, context, endings), the last a list of ids and four lists.
+
+    A line is a JSON object with the authors' number of the example ("ind"), the number of the right ending
+    ("label", 0 to 3), the context ("ctx") and "endings". Raises ValueError, in one line, where there is
+    another line or not size of them, and OSError where there is no file.
+    """
+    examples = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                example = json.loads(line)
+                ind, label, context, endings = (example[name] for name in ("ind", "label", "ctx", "endings"))
+                if type(label) is not int or label not in range(4):
+                    raise ValueError(f"its label is {label!r}, not 0, 1, 2 or 3")
+                if type(endings) is not list or [*map(type, [context, *endings])] != 5 * [str] or not context:
+                    raise ValueError("its ctx and endings are not a text and a list of four")
+            except (ValueError, KeyError, TypeError) as error:
+                what = f"it has no {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"line {number} of {path} is no HellaSwag example: {what}") from None
+            endings = [enc.encode_ordinary(f" {ending}") for ending in endings]
+            examples.append((ind, label, enc.encode_ordinary(context), endings))
+    if len(examples) != (size or len(examples) or "some"):
+        raise ValueError(f"{path} has {len(examples)} examples, not {size or 'some'}")
+    return examples
+
+
+def fetch_hellaswag(enc):
+    """read_hellaswag of the validation set, after downloading it to HELLASWAG_PATH if it is not there.
+
+    The file gets there when it is whole, which its number of examples tells: there is no published checksum.
+    Raises requests.RequestException where it cannot be fetched, else as read_hellaswag does.
+    """
+    if os.path.exists(HELLASWAG_PATH):
+        return read_hellaswag(HELLASWAG_PATH, enc, HELLASWAG_SIZE)
+    temporary = f"{HELLASWAG_PATH}.{os.getpid()}.tmp"
+    headers = {"Accept-Encoding": "identity"}  # not compressed, so that Content-Length is the file's
+    try:
+        with requests.get(HELLASWAG_URL, headers=headers, stream=True, timeout=30) as response:
+            response.raise_for_status()
+            os.makedirs(os.path.dirname(HELLASWAG_PATH), exist_ok=True)
+            length = int(response.headers.get("Content-Length", 0)) or None
+            with open(temporary, "wb") as file, tqdm(total=length, unit="B", unit_scale=True, disable=None) as bar:
+                for chunk in response.iter_content(2**20):
+                    bar.update(file.write(chunk))
+        examples = read_hellaswag(temporary, enc, HELLASWAG_SIZE)
+        os.replace(temporary, HELLASWAG_PATH)
+        return examples
+    except ValueError as error:
+        raise ValueError(f"{HELLASWAG_URL} came damaged ({error})") from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+# --- end of copied block: read_hellaswag ---
+# --------------------------------------------------------------------------------------- scores
+# --- copied block: score_hellaswag ---
+def share_context(context, endings, block_size):
+    """The rows that score an example: a list of (context, {number of an ending: its ids}).
+
+    One row for all endings, unless context and ending are longer than block_size: of these the last block_size
+    ids stay, so that the ending has a context of its own.
+    """
+    rows = {}
+    for number, ending in enumerate(endings):
+        ids = (context + ending)[-block_size:]
+        n = max(1, len(ids) - len(ending))  # nothing predicts the first id, be it of the context or of an ending
+        rows.setdefault(tuple(ids[:n]), {})[number] = ids[n:]
+    return list(rows.items())
+
+
+def row_length(row):
+    """The tokens of a row, each ending without its last, to which nothing answers; up to a multiple of 8 for GPUs."""
+    context, endings = row
+    return -(-(len(context) + sum(len(ending) - 1 for ending in endings.values())) // 8) * 8
+
+
+def make_batch(rows):
+    """int64 arrays of B rows, padded to the longest: idx, pos and branch, each (B, T), and targets (B, T, 4).
+
+    pos goes on behind the context with every ending. branch is 0 in the context, 1 to 4 in an ending, 5 in the
+    padding. targets holds what comes next in each of the endings, -1 where that is none of it.
+    """
+    B, T = len(rows), max(map(row_length, rows))
+    idx, pos, branch, targets = *np.zeros((2, B, T), int), np.full((B, T), 5), np.full((B, T, 4), -1)
+    for b, (context, endings) in enumerate(rows):
+        n = end = len(context)
+        idx[b, :n], pos[b, :n], branch[b, :n] = context, range(n), 0
+        for number, ending in endings.items():
+            here = slice(end, end := end + len(ending) - 1)
+            idx[b, here], pos[b, here], branch[b, here] = ending[:-1], range(n, n + len(ending) - 1), number + 1
+            targets[b, n - 1, number], targets[b, here, number] = ending[0], ending[1:]
+    return idx, pos, branch, targets
+
+
+@torch.no_grad()
+def score_rows(model, rows, device):
+    """The losses of rows in nats, (B, T, 4) on the device: of what comes next in each ending, 0 where nothing does."""
+    idx, pos, branch, targets = (torch.from_numpy(array) for array in make_batch(rows))
+    scored = (targets >= 0).any(-1).flatten().nonzero()[:, 0]  # (N,), the places from which an ending goes on
+    targets = targets.flatten(0, 1)[scored].to(device)  # (N, 4)
+    idx, pos, branch, scored = (tensor.to(device) for tensor in (idx, pos, branch, scored))
+    query, key = branch[:, :, None], branch[:, None, :]
+    mask = ((key == 0) | (key == query)).tril()  # (B, T, T): all see the context and their own branch, to their left
+    hidden = model.hidden(idx, pos, mask[:, None]).flatten(0, 1)[scored]  # (N, C)
+    losses = torch.zeros(*branch.shape, 4, device=device)  # (B, T, 4)
+    for at, h, target in zip(scored.split(1024), hidden.split(1024), targets.split(1024), strict=True):
+        log_probs = F.log_softmax(model.logits(h), dim=-1, dtype=torch.float32)  # 1024 of GPT-2's: 206 MB
+        losses.view(-1, 4)[at] = -log_probs.gather(-1, target.clamp(min=0)).where(target >= 0, 0.0)
+    return losses
+
+
+def score_hellaswag(model, examples, block_size, batch_tokens, device):
+    """Yield (number, summed losses, mean losses) of the examples, two lists of 4 in nats, the longest example first.
+
+    examples are read_hellaswag's; model.hidden(idx, pos, mask) and model.logits(hidden) are all that is used of
+    model. The four endings stand behind one copy of their context, each seeing it and itself alone, and such
+    rows make batches of equal length, of at most batch_tokens (or one example).
+    """
+    todo = [(i, share_context(*example[2:], block_size)) for i, example in enumerate(examples)]
+    todo.sort(key=lambda entry: -max(map(row_length, entry[1])))
+    batches, T = [], 0
+    for i, rows in todo:
+        if not batches or (len(batches[-1]) + len(rows)) * T > batch_tokens:
+            batches.append([])
+            T = max(map(row_length, rows))
+        batches[-1] += [(i, row) for row in rows]
+    running = None  # a batch is read when the next one is under way, so that a GPU never waits
+    for batch in [*batches, None]:
+        ready, running = running, batch and (batch, score_rows(model, [row for _, row in batch], device))
+        if ready:
+            ready = ready[0], ready[1].cpu().double().sum(1).tolist()  # (B, T, 4) -> (B, 4)
+        scores = {}
+        for (i, (_, endings)), losses in zip(*ready, strict=True) if ready else ():
+            sums, means = scores.setdefault(i, ([0.0] * 4, [0.0] * 4))
+            for number, ending in endings.items():
+                sums[number], means[number] = losses[number], losses[number] / len(ending)
+        yield from ((i, *score) for i, score in scores.items())
+
+
+# --- end of copied block: score_hellaswag ---
+# --------------------------------------------------------------------------------- command line
+def fail(message):
+    """Report a user's mistake in one line on stderr and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- copied block: pick_device ---
+def pick_device(name):
+    """The torch.device called name; "auto" is the accelerator if there is one, else the CPU."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (AssertionError, NotImplementedError, RuntimeError):
+        fail(f"--device {name} is not available here: leave it out, or use --device cpu")
+
+
+# --- end of copied block: pick_device ---
+# --- copied block: list_checkpoints ---
+def list_checkpoints(log_dir):
+    """The directories of the checkpoints in log_dir, oldest first."""
+    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
+    names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
+    return [f"{log_dir}/{name}" for name in sorted(names, key=lambda name: int(name[5:]))]
+
+
+# --- end of copied block: list_checkpoints ---
+def find_model(name):
+    """What --model name means: a model's directory, the newest checkpoint of a run's, or else a name on the hub."""
+    if not os.path.isdir(name):
+        return name
+    if os.path.exists(f"{name}/config.json"):
+        return name
+    checkpoints = list_checkpoints(name)
+    if not checkpoints:
+        found = ", ".join(sorted(os.listdir(name))[:5]) or "nothing"
+        fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: name a GPT-2 or a run of one")
+    return checkpoints[-1]
+
+
+def load_model(name, device, dtype):
+    """The GPT that find_model names and its tokenizer; exits where they are not there or not each other's."""
+    try:
+        model = GPT(name, device, dtype)
+    except ValueError as error:
+        fail(f"--model {name}: {error}".partition("\n")[0])
+    except OSError as error:
+        where = f"no directory, and not to be had from the Hugging Face hub ({type(error).__name__})"
+        fail(f"--model {name} is {where}: name a directory that holds config.json and model.safetensors")
+    vocab_size = model.config["vocab_size"]
+    tokenizer = model.config.get("tokenizer", "gpt2" if vocab_size == 50257 else None)
+    if (tokenizer, vocab_size) not in [("gpt2", 50257), ("bytes", 257)]:
+        known = "gpt2 with 50257 and bytes with 257 are known"
+        fail(f"--model {name} has {vocab_size} tokens, by its config.json of tokenizer {tokenizer!r}: {known}")
+    try:
+        return model, get_tokenizer(tokenizer)
+    except requests.RequestException as error:
+        fail(
+            f"cannot fetch the GPT-2 vocabulary ({type(error).__name__}): "
+            "point TIKTOKEN_CACHE_DIR at a folder that holds it"
+        )
+
+
+def parse_args():
+    """The flags; exits at one that cannot be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
+    add = parser.add_argument
+    add("--model", default="log", help="directory of a GPT-2, of a run of train_gpt2.py, or a name on the hub (log)")
+    add("--data", metavar="FILE", help="examples as JSON lines (the validation set, downloaded once)")
+    add("--limit", type=int, metavar="N", help="score the first N examples alone (all)")
+    add("--output", metavar="FILE", help="JSON file for the losses and predictions (none)")
+    add("--batch_tokens", type=int, metavar="N", help="tokens a batch, padding included (2048 on a CPU, else 65536)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (auto)")
+    add(
+        "--dtype", choices=list(DTYPES), help="of weights and activations (bfloat16 on GPUs that have it, else float32)"
+    )
+    args = parser.parse_args()
+    for name in ("limit", "batch_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"--{name} is {getattr(args, name)}: it must be above 0")
+    if args.output and (os.path.isdir(args.output) or not os.path.isdir(os.path.dirname(args.output) or ".")):
+        fail(f"--output {args.output} cannot be written: name a file in a directory that exists")
+    return args
+
+
+def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
+    args = parse_args()
+    device = pick_device(args.device)
+    if args.dtype is None:
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if has_bfloat16 else "float32"
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    if args.model == "log" and not os.path.isdir("log"):
+        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
+    name = find_model(args.model)
+    model, enc = load_model(name, device, DTYPES[args.dtype])
+    try:
+        examples = (read_hellaswag(args.data, enc) if args.data else fetch_hellaswag(enc))[: args.limit]
+    except requests.RequestException as error:
+        fail(f"cannot fetch {HELLASWAG_URL} ({type(error).__name__}): get it elsewhere and name it with --data")
+    except (OSError, ValueError) as error:
+        fail(f"{error}: name another file with --data")
+
+    block_size, n, right, right_norm = model.config["n_positions"], len(examples), 0, 0
+    cut = sum(len(context) + max(map(len, endings)) > block_size for _, _, context, endings in examples)
+    if cut:
+        print(f"{cut} of {n} examples are longer than {block_size} tokens: their contexts lose their beginnings")
+    batch_tokens = args.batch_tokens or (2048 if device.type == "cpu" else 65536)
+    predictions = [{}] * n
+    with tqdm(total=n, unit="examples", disable=None) as bar:
+        for done, (i, sums, means) in enumerate(score_hellaswag(model, examples, block_size, batch_tokens, device), 1):
+            ind, label, *_ = examples[i]
+            if not math.isfinite(sum(sums)):
+                fail(f"the losses of example {ind} are {sums}: --model {name} is broken, or try --dtype float32")
+            pred, pred_norm = sums.index(min(sums)), means.index(min(means))
+            right, right_norm = right + (pred == label), right_norm + (pred_norm == label)
+            losses = {"losses": sums, "mean_losses": means}
+            predictions[i] = {"ind": ind, "label": label, "pred": pred, "pred_norm": pred_norm} | losses
+            bar.set_postfix_str(f"acc_norm: {right_norm / done:.4f}", refresh=False)
+            bar.update()
+    if args.output:
+        result = {"model": name, "n": n, "acc": right / n, "acc_norm": right_norm / n, "predictions": predictions}
+        try:
+            with open(f"{args.output}.tmp", "w", encoding="utf-8") as file:
+                json.dump(result, file)
+            os.replace(f"{args.output}.tmp", args.output)
+        except OSError as error:
+            fail(f"--output {args.output} cannot be written ({error.strerror}): name another file")
+    print(f"{n} acc: {right / n:.4f} acc_norm: {right_norm / n:.4f}")
+
+
+if __name__ == "__main__":
+    main()
