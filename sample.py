@@ -14,7 +14,6 @@ Expect 45 tokens a second from GPT-2 124M on two CPU cores, where the memory's b
 import argparse
 import codecs
 import json
-import math
 import os
 import re
 import signal
@@ -110,9 +109,10 @@ class GPT:
         self.tensors = {name: t.to(device, dtype).contiguous() for name, t in tensors.items()}
         self.tensors["lm_head.weight"] = self.tensors["wte.weight"]  # tied
         if torch.device(device).type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            # oneDNN's own layout of matrices, as torch.compile's: twice as fast for the few rows of a step of sampling.
-            for name in [name for name in self.tensors if name.endswith((*CONV1D, "lm_head.weight"))]:
-                self.tensors[name] = torch.ops.mkldnn._reorder_linear_weight(self.tensors[name])
+            # oneDNN's own layout of a matrix, which torch.compile uses, too: a few rows times it are 2 times as fast
+            for name, tensor in self.tensors.items():
+                if name.endswith((*CONV1D, "lm_head.weight")):
+                    self.tensors[name] = torch.ops.mkldnn._reorder_linear_weight(tensor)
 
     def linear(self, x, name):
         weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
@@ -128,20 +128,18 @@ class GPT:
         """What the head sees, (B, T, C), for ids idx (B, T) at positions pos, broadcastable to (B, T).
 
         mask, bool and broadcastable to (B, n_head, T, T), is True where a query (row) may see a key (column);
-        without it every token sees itself and all before it. A cache, (n_layer, 2, B, n_head, S, head size), holds
-        the keys and values of the start tokens before: those of idx, all or but one, are written behind and see them.
+        without it every token sees itself and all before it. cache, (n_layer, 2, B, n_head, S, head size), is where
+        keys and values are kept, of idx behind those of the start tokens before; if there are any, T is 1.
         """
         (B, T), n_head = idx.shape, self.config["n_head"]
         activation = ACTIVATIONS[self.config["activation_function"]]
         x = self.tensors["wte.weight"][idx] + self.tensors["wpe.weight"][pos]  # (B, T, C)
         for i in range(self.config["n_layer"]):
             qkv = self.linear(self.norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")  # (B, T, 3C)
-            qkv = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
+            q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
             if cache is not None:
-                cache[i, ..., start : start + T, :] = qkv[1:]
-            q, k, v = (
-                qkv if cache is None else (qkv[0], *cache[i, :, :B, :, : start + T])
-            )  # (B, nh, T or start + T, hs)
+                cache[i, 0, :, :, start : start + T], cache[i, 1, :, :, start : start + T] = k, v
+                k, v = cache[i, :, :B, :, : start + T]  # 2 x (B, nh, start + T, hs)
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)  # (B, nh, T, hs)
             x = x + self.linear(y.transpose(1, 2).reshape(B, T, -1), f"h.{i}.attn.c_proj")
             y = activation(self.linear(self.norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"))  # (B, T, n_inner)
@@ -167,41 +165,35 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     top_k leaves the k likeliest ids (0: all), then top_p the fewest likeliest whose probabilities add up to it
     ("The Curious Case of Neural Text Degeneration", 2019). Raises ValueError for logits that are no numbers.
     """
-    logits = logits.float()
-    best = logits.max(dim=-1, keepdim=True).values  # (B, 1)
+    best, likeliest = logits.float().max(dim=-1)  # (B,), (B,)
     if not best.isfinite().all():
         raise ValueError("the model computes infinities or NaN: try --dtype float32, or another checkpoint")
     if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = (logits - best) / temperature  # 0 at most, so that no temperature overflows
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        return likeliest
+    logits, idx = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (B, k), the likeliest first
+    probs = F.softmax((logits.float() - best[:, None]) / temperature, dim=-1)  # of 0 at most: nothing overflows
     if top_p < 1:
-        ordered, idx = logits.sort(descending=True)
-        probs = F.softmax(ordered, dim=-1)
-        beyond = probs.cumsum(dim=-1) - probs >= top_p  # those likelier than this one are enough
-        logits = logits.masked_fill(beyond.scatter(1, idx, beyond), -math.inf)
-    return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)[:, 0]
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)  # those before are enough
+    return idx.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
 @torch.inference_mode()
-def generate(model, prompt, num_samples, max_new_tokens, choose):
-    """Yield max_new_tokens times the next ids (num_samples,) that choose makes of logits (num_samples, V).
+def generate(model, prompt, num_samples, max_new_tokens, pick):
+    """Yield max_new_tokens times the next ids, (num_samples,), which pick makes of logits (num_samples, V).
 
-    prompt is a list of ids, which all samples continue. A token sees the block_size tokens before it at most:
-    while there are fewer their keys and values are kept; from then on every step moves each to another
-    position, learned ones, and so computes the whole window anew.
+    prompt, a list of ids, is continued by all samples. The next token follows from the last block_size ones. Before
+    there are as many, keys and values are kept; afterwards each step moves all tokens to other positions, which
+    are learned, so that it has to compute all of them anew.
     """
-    config, device, block_size = model.config, model.tensors["wte.weight"].device, model.config["n_positions"]
+    config, wte, block_size = model.config, model.tensors["wte.weight"], model.config["n_positions"]
     length = min(block_size, len(prompt) + max_new_tokens)
     sizes = (num_samples, config["n_head"], length, config["n_embd"] // config["n_head"])
-    cache = torch.empty(config["n_layer"], 2, *sizes, device=device, dtype=model.tensors["wte.weight"].dtype)
-    idx, start = torch.tensor([prompt], device=device), 0  # (1, T): this row fills the cache for all samples
+    cache = torch.empty(config["n_layer"], 2, *sizes, device=wte.device, dtype=wte.dtype)
+    idx, start = torch.tensor([prompt], device=wte.device), 0  # (1, T): one row fills the cache of all samples
     for _ in range(max_new_tokens):
-        pos = torch.arange(start, idx.shape[1], device=device)
+        pos = torch.arange(start, idx.shape[1], device=wte.device)  # (T,) or (1,)
         hidden = model.hidden(idx[:, start:], pos, cache=cache, start=start)[:, -1]  # (1 or B, C)
-        token = choose(model.logits(hidden).expand(num_samples, -1))  # (B,)
+        token = pick(model.logits(hidden).expand(num_samples, -1))  # (B,)
         yield token
         start = idx.shape[1]
         idx = torch.cat((idx.expand(num_samples, -1), token[:, None]), dim=1)  # (B, T + 1)
@@ -235,11 +227,8 @@ class Text:
         return CONTROL.sub("\ufffd", text[:settled])
 
 
-def continuations(model, enc, prompt, args, generator):
-    """Yield lists of what to append to each sample's text, (num_samples,); raises ValueError in one line."""
-    ids, block_size = enc.encode_ordinary(prompt) or [enc.eot_token], model.config["n_positions"]
-    if len(ids) > block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens, the model takes {block_size}: shorten it")
+def continuations(model, enc, ids, args, generator):
+    """Yield, step by step, what to append to the text of each sample: lists (num_samples,) of str."""
     texts = [Text(enc, args.stop) for _ in range(args.num_samples)]
     pick = partial(choose, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator)
     for tokens in generate(model, ids, args.num_samples, args.max_new_tokens, pick):
@@ -249,16 +238,20 @@ def continuations(model, enc, prompt, args, generator):
     yield [text.add(None) for text in texts]
 
 
-def show(pieces, prompt, num_samples):
-    """Print a sample as it comes, or several one after the other."""
-    if num_samples == 1:
-        print(prompt, end="", flush=True)
-        for (piece,) in pieces:
+def sample(model, enc, prompt, args, generator, echo=True):
+    """Print a sample as it comes, or several one after the other, behind the prompt; raises ValueError in one line."""
+    ids, block_size = enc.encode_ordinary(prompt) or [enc.eot_token], model.config["n_positions"]
+    if len(ids) > block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model takes {block_size}: shorten it")
+    steps, shown = continuations(model, enc, ids, args, generator), prompt if echo else ""
+    if args.num_samples == 1:
+        print(shown, end="", flush=True)
+        for (piece,) in steps:
             print(piece, end="", flush=True)
         print()
     else:
-        for i, parts in enumerate(zip(*pieces, strict=True), 1):
-            print(f"--- sample {i} of {num_samples} ---", f"{prompt}{''.join(parts)}", sep="\n", flush=True)
+        for i, pieces in enumerate(zip(*steps, strict=True), 1):
+            print(f"--- sample {i} of {args.num_samples} ---", shown + "".join(pieces), sep="\n", flush=True)
 
 
 # --------------------------------------------------------------------------------- command line
@@ -294,14 +287,14 @@ def load(name, device, dtype):
     """The (GPT, tiktoken.Encoding) of --model; exits where there is none."""
     try:
         model = GPT(newest_checkpoint(name) if os.path.isdir(name) else name, device, dtype)
-    except OSError as error:
-        why = str(error.__cause__ or error).splitlines()[0]
-        fail(f"--model {name} is no directory and cannot be fetched ({why}): name a directory with a model's files")
-    except ValueError as error:
-        fail(f"--model {name}: {error}")
+    except (OSError, ValueError) as error:
+        if os.path.isdir(name):
+            fail(error)
+        why = str(error).splitlines()[0]
+        fail(f"--model {name} is no directory and cannot be fetched ({why}): name a directory that holds a model")
     vocab_size, tokenizer = model.config["vocab_size"], model.config.get("tokenizer", "gpt2")
     if VOCAB_SIZES.get(tokenizer) != vocab_size:
-        fail(f"--model {name} has {vocab_size} tokens, tokenizer {tokenizer!r} has not: name one of {VOCAB_SIZES}")
+        fail(f"--model {name} has {vocab_size} tokens, tokenizer {tokenizer!r} does not: only {VOCAB_SIZES} will do")
     try:
         return model, get_tokenizer(tokenizer)
     except requests.RequestException as error:
@@ -344,10 +337,11 @@ def main():
 
     if args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        print(f"{args.model}: type a text to continue; Ctrl-D leaves")
         with suppress(EOFError, KeyboardInterrupt):
             while True:
                 try:
-                    show(continuations(model, enc, input("> "), args, generator), "", args.num_samples)
+                    sample(model, enc, input("> "), args, generator, echo=False)
                 except ValueError as error:
                     print(f"error: {error}", file=sys.stderr)
         print()
@@ -355,9 +349,9 @@ def main():
     prompt = args.prompt or ""
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n")
-    prompt = os.fsencode(prompt).decode(errors="replace")  #
+    prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")  # an argument can be any bytes
     try:
-        show(continuations(model, enc, prompt, args, generator), prompt, args.num_samples)
+        sample(model, enc, prompt, args, generator)
     except ValueError as error:
         fail(error)
 
