@@ -325,8 +325,9 @@ def main():
         zero_is_fine = name in ("temperature", "top_k", "seed")
         if type(value) in (int, float) and not (value > 0 or value == 0 and zero_is_fine):
             fail(f"--{name} is {value}: it must be {'0 or more' if zero_is_fine else 'above 0'}")
-    if args.top_p > 1:
-        fail(f"--top_p is {args.top_p}: it must be 1 at most")
+    for name, most in (("top_p", 1), ("seed", 2**64 - 1)):
+        if getattr(args, name) > most:
+            fail(f"--{name} is {getattr(args, name)}: it must be {most} at most")
     if "" in args.stop:
         fail("--stop is empty: give it a text")
     device = pick_device(args.device)

@@ -15,14 +15,13 @@ import time
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import TINY, call, command, load, run
+from conftest import TINY, call, command, load
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 sample = load("sample")
 BYTES = dict(vocab_size=257, tokenizer="bytes", bos_token_id=256, eos_token_id=256)
-GREEDY = partial_greedy = ["--temperature", 0, "--device", "cpu"]
+GREEDY = ["--temperature", 0, "--device", "cpu"]
 
 
 def make_model(directory, seed=0, **config):
@@ -108,7 +107,7 @@ def test_greedy_ids_equal_those_of_transformers(shape, tmp_path):
         )[0, length:].tolist()
         assert ids_of(ours, prompt[0].tolist(), n) == [expected]
         seen.update(expected)
-    assert len(seen) >= min(8, config["vocab_size"] // 2)  # such models do not repeat themselves
+    assert len(seen) >= min(8, config["vocab_size"] // 3)  # such models do not repeat themselves
 
 
 @pytest.mark.parametrize("prompt_length", [1, 7, 24])
@@ -386,7 +385,9 @@ def test_prompt_from_standard_input(tmp_path, monkeypatch):
         done = call("sample", "--model", tmp_path, "--prompt", "-", "--max_new_tokens", 1, *GREEDY)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith(shown)
-    assert call("sample", "--model", tmp_path, "--prompt", "a\udcff", "--max_new_tokens", 1, *GREEDY).stdout[1] == "\ufffd"
+    assert (
+        call("sample", "--model", tmp_path, "--prompt", "a\udcff", "--max_new_tokens", 1, *GREEDY).stdout[1] == "\ufffd"
+    )
 
 
 def test_newest_checkpoint_of_a_run(tmp_path, monkeypatch):
