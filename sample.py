@@ -4,7 +4,7 @@ Text from a GPT-2: a checkpoint of train_gpt2.py, or any of Hugging Face's in a 
     python sample.py                                                        # the newest checkpoint in log/
     python sample.py --model gpt2 --prompt "Hello, I'm a language model,"
     python sample.py --model log/step_019073 --prompt "The" --num_samples 4 --temperature 0.8 --top_p 0.9
-    python sample.py --model gpt2 --prompt - --stop "." --max_new_tokens 100 < prompt.txt
+    cat prompt.txt | python sample.py --model gpt2 --prompt - --stop "." --max_new_tokens 100
 
 Prints the prompt and what follows, a token at a time; without --prompt it asks for prompts on a terminal, and
 elsewhere starts a document. The same flags give the same text. Reads a directory or the hub, writes nothing.

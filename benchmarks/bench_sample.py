@@ -86,6 +86,8 @@ def main():
                 if i:
                     rates[name, B].append(B * args.max_new_tokens / (time.perf_counter() - start))
             same[B] &= torch.equal(tokens["ours"], tokens["theirs"])
+            if i:
+                print(f"round {i}, batch {B}: " + ", ".join(f"{name} {rates[name, B][-1]:.1f}" for name in tokens))
         speeds.append(bandwidth(device))
 
     parameters = theirs.num_parameters() - theirs.transformer.wpe.weight.numel()
