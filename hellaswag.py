@@ -106,19 +106,29 @@ class GPT:
         self.config, tensors = read_pretrained(directory_or_name)
         tensors = {name: t.T if name.endswith(CONV1D) else t for name, t in tensors.items()}  # linears: (out, in)
         self.tensors = {name: t.to(device, dtype).contiguous() for name, t in tensors.items()}
+        self.tensors["lm_head.weight"] = self.tensors["wte.weight"]  # tied
+        if torch.device(device).type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            # oneDNN's own layout of a matrix, which torch.compile uses, too: a few rows times it are 2 times as fast
+            for name, tensor in self.tensors.items():
+                if name.endswith((*CONV1D, "lm_head.weight")):
+                    self.tensors[name] = torch.ops.mkldnn._reorder_linear_weight(tensor)
 
     def linear(self, x, name):
-        return F.linear(x, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
+        if weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return F.linear(x, weight, bias)
 
     def norm(self, x, name):
         weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.config["layer_norm_epsilon"])
 
-    def hidden(self, idx, pos, mask=None):
-        """What the head sees, (B, T, C), for ids idx at positions pos, each (B, T).
+    def hidden(self, idx, pos, mask=None, cache=None, start=0):
+        """What the head sees, (B, T, C), for ids idx (B, T) at positions pos, broadcastable to (B, T).
 
         mask, bool and broadcastable to (B, n_head, T, T), is True where a query (row) may see a key (column);
-        without it every token sees itself and all before it.
+        without it every token sees itself and all before it. cache, (n_layer, 2, B, n_head, S, head size), is where
+        keys and values are kept, of idx behind those of the start tokens before; if there are any, T is 1.
         """
         (B, T), n_head = idx.shape, self.config["n_head"]
         activation = ACTIVATIONS[self.config["activation_function"]]
@@ -126,7 +136,10 @@ class GPT:
         for i in range(self.config["n_layer"]):
             qkv = self.linear(self.norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")  # (B, T, 3C)
             q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, nh, T, hs)
+            if cache is not None:
+                cache[i, 0, :, :, start : start + T], cache[i, 1, :, :, start : start + T] = k, v
+                k, v = cache[i, :, :B, :, : start + T]  # 2 x (B, nh, start + T, hs)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)  # (B, nh, T, hs)
             x = x + self.linear(y.transpose(1, 2).reshape(B, T, -1), f"h.{i}.attn.c_proj")
             y = activation(self.linear(self.norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"))  # (B, T, n_inner)
             x = x + self.linear(y, f"h.{i}.mlp.c_proj")
@@ -134,7 +147,7 @@ class GPT:
 
     def logits(self, hidden):
         """The head: hidden (..., C) to logits (..., vocab_size)."""
-        return F.linear(hidden, self.tensors["wte.weight"])
+        return self.linear(hidden, "lm_head")
 
 
 # --- end of copied block: GPT ---
@@ -218,7 +231,6 @@ def fetch_hellaswag(enc):
 
 # --- end of copied block: read_hellaswag ---
 # --------------------------------------------------------------------------------------- scores
-# --- copied block: score_hellaswag ---
 def share_context(context, endings, block_size):
     """The rows that score an example: a list of (context, {number of an ending: its ids}).
 
@@ -302,7 +314,6 @@ def score_hellaswag(model, examples, block_size, batch_tokens, device):
         yield from ((i, *score) for i, score in scores.items())
 
 
-# --- end of copied block: score_hellaswag ---
 # --------------------------------------------------------------------------------- command line
 def fail(message):
     """Report a user's mistake in one line on stderr and exit with status 2."""
@@ -322,36 +333,28 @@ def pick_device(name):
 
 
 # --- end of copied block: pick_device ---
-# --- copied block: list_checkpoints ---
-def list_checkpoints(log_dir):
-    """The directories of the checkpoints in log_dir, oldest first."""
-    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
-    names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
-    return [f"{log_dir}/{name}" for name in sorted(names, key=lambda name: int(name[5:]))]
-
-
-# --- end of copied block: list_checkpoints ---
-def find_model(name):
-    """What --model name means: a model's directory, the newest checkpoint of a run's, or else a name on the hub."""
-    if not os.path.isdir(name):
-        return name
-    if os.path.exists(f"{name}/config.json"):
-        return name
-    checkpoints = list_checkpoints(name)
-    if not checkpoints:
-        found = ", ".join(sorted(os.listdir(name))[:5]) or "nothing"
-        fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: name a GPT-2 or a run of one")
-    return checkpoints[-1]
-
-
+# --- copied block: load_model ---
 def load_model(name, device, dtype):
-    """The GPT that find_model names and its tokenizer; exits where they are not there or not each other's."""
+    """The (GPT, tiktoken.Encoding, directory or name) of --model; exits where there is none, or of unknown tokens.
+
+    name is a model's directory, a run's, whose newest checkpoint counts, or else a name on the Hugging Face hub.
+    """
+    if name == "log" and not os.path.isdir(name):
+        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
+    path = name
+    if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
+        steps = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
+        if not steps:
+            found = ", ".join(sorted(os.listdir(name))[:5]) or "nothing"
+            fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: name a GPT-2 or a run of one")
+        path = f"{name}/{max(steps, key=lambda entry: int(entry[5:]))}"
     try:
-        model = GPT(name, device, dtype)
-    except ValueError as error:
-        fail(f"--model {name}: {error}".partition("\n")[0])
-    except OSError as error:
-        where = f"no directory, and not to be had from the Hugging Face hub ({type(error).__name__})"
+        model = GPT(path, device, dtype)
+    except (OSError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        if os.path.isdir(path):
+            fail(f"--model {name}: {why}")
+        where = f"no directory, and not to be had from the Hugging Face hub ({why})"
         fail(f"--model {name} is {where}: name a directory that holds config.json and model.safetensors")
     vocab_size = model.config["vocab_size"]
     tokenizer = model.config.get("tokenizer", "gpt2" if vocab_size == 50257 else None)
@@ -359,14 +362,13 @@ def load_model(name, device, dtype):
         known = "gpt2 with 50257 and bytes with 257 are known"
         fail(f"--model {name} has {vocab_size} tokens, by its config.json of tokenizer {tokenizer!r}: {known}")
     try:
-        return model, get_tokenizer(tokenizer)
+        return model, get_tokenizer(tokenizer), path
     except requests.RequestException as error:
-        fail(
-            f"cannot fetch the GPT-2 vocabulary ({type(error).__name__}): "
-            "point TIKTOKEN_CACHE_DIR at a folder that holds it"
-        )
+        remedy = "point TIKTOKEN_CACHE_DIR at a folder that holds it"
+        fail(f"cannot fetch the GPT-2 vocabulary ({type(error).__name__}): {remedy}")
 
 
+# --- end of copied block: load_model ---
 def parse_args():
     """The flags; exits at one that cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -398,10 +400,7 @@ def main():
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if has_bfloat16 else "float32"
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    if args.model == "log" and not os.path.isdir("log"):
-        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
-    name = find_model(args.model)
-    model, enc = load_model(name, device, DTYPES[args.dtype])
+    model, enc, name = load_model(args.model, device, DTYPES[args.dtype])
     try:
         examples = (read_hellaswag(args.data, enc) if args.data else fetch_hellaswag(enc))[: args.limit]
     except requests.RequestException as error:

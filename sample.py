@@ -29,7 +29,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could command a terminal
 
 
@@ -61,7 +60,8 @@ def read_pretrained(directory_or_name):
         from huggingface_hub import snapshot_download
 
         directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
-    defaults = {"n_positions": 1024, "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    defaults = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "n_inner": None}
+    defaults |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
     try:
         with open(f"{directory}/config.json", encoding="utf-8") as file:
             config = defaults | json.load(file)
@@ -73,6 +73,8 @@ def read_pretrained(directory_or_name):
             what = unlike[0] if unlike else "activation_function"
             raise ValueError(f"its {what} is {config[what]!r}, which GPT-2 does not have")
         tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
+        if config["n_embd"] % config["n_head"]:
+            raise ValueError(f"its n_embd {config['n_embd']} is not divisible by its n_head {config['n_head']}")
         V, C, n_inner = config["vocab_size"], config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
         shapes = {"wte.weight": (V, C), "wpe.weight": (config["n_positions"], C)}
         linears = {
@@ -152,12 +154,6 @@ class GPT:
 
 
 # --- end of copied block: GPT ---
-def newest_checkpoint(directory):
-    """The last step_NNNNNN in the directory of a run; any other directory itself."""
-    names = [name for name in os.listdir(directory) if re.fullmatch(r"step_\d{6,}", name)]
-    return f"{directory}/{max(names, key=lambda name: int(name[5:]))}" if names else directory
-
-
 # ------------------------------------------------------------------------------------- sampling
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One id a row, (B,), drawn from softmax(logits / temperature), logits (B, V); temperature 0 takes the likeliest.
@@ -283,25 +279,42 @@ def pick_device(name):
 
 
 # --- end of copied block: pick_device ---
-def load(name, device, dtype):
-    """The (GPT, tiktoken.Encoding) of --model; exits where there is none."""
+# --- copied block: load_model ---
+def load_model(name, device, dtype):
+    """The (GPT, tiktoken.Encoding, directory or name) of --model; exits where there is none, or of unknown tokens.
+
+    name is a model's directory, a run's, whose newest checkpoint counts, or else a name on the Hugging Face hub.
+    """
+    if name == "log" and not os.path.isdir(name):
+        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
+    path = name
+    if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
+        steps = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
+        if not steps:
+            found = ", ".join(sorted(os.listdir(name))[:5]) or "nothing"
+            fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: name a GPT-2 or a run of one")
+        path = f"{name}/{max(steps, key=lambda entry: int(entry[5:]))}"
     try:
-        model = GPT(newest_checkpoint(name) if os.path.isdir(name) else name, device, dtype)
+        model = GPT(path, device, dtype)
     except (OSError, ValueError) as error:
-        if os.path.isdir(name):
-            fail(error)
-        why = str(error).splitlines()[0]
-        fail(f"--model {name} is no directory and cannot be fetched ({why}): name a directory that holds a model")
-    vocab_size, tokenizer = model.config["vocab_size"], model.config.get("tokenizer", "gpt2")
-    if VOCAB_SIZES.get(tokenizer) != vocab_size:
-        fail(f"--model {name} has {vocab_size} tokens, tokenizer {tokenizer!r} does not: only {VOCAB_SIZES} will do")
+        why = str(error).partition("\n")[0]
+        if os.path.isdir(path):
+            fail(f"--model {name}: {why}")
+        where = f"no directory, and not to be had from the Hugging Face hub ({why})"
+        fail(f"--model {name} is {where}: name a directory that holds config.json and model.safetensors")
+    vocab_size = model.config["vocab_size"]
+    tokenizer = model.config.get("tokenizer", "gpt2" if vocab_size == 50257 else None)
+    if (tokenizer, vocab_size) not in [("gpt2", 50257), ("bytes", 257)]:
+        known = "gpt2 with 50257 and bytes with 257 are known"
+        fail(f"--model {name} has {vocab_size} tokens, by its config.json of tokenizer {tokenizer!r}: {known}")
     try:
-        return model, get_tokenizer(tokenizer)
+        return model, get_tokenizer(tokenizer), path
     except requests.RequestException as error:
         remedy = "point TIKTOKEN_CACHE_DIR at a folder that holds it"
         fail(f"cannot fetch the GPT-2 vocabulary ({type(error).__name__}): {remedy}")
 
 
+# --- end of copied block: load_model ---
 def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -331,14 +344,12 @@ def main():
     if "" in args.stop:
         fail("--stop is empty: give it a text")
     device = pick_device(args.device)
-    if args.model == "log" and not os.path.isdir("log"):
-        fail("there is no checkpoint in log/: python train_gpt2.py makes one, --model names another")
-    model, enc = load(args.model, device, DTYPES[args.dtype])
+    model, enc, path = load_model(args.model, device, DTYPES[args.dtype])
     generator = torch.Generator(device).manual_seed(args.seed)
 
     if args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print(f"{args.model}: type a text to continue; Ctrl-D leaves")
+        print(f"{path}: type a text to continue; Ctrl-D leaves")
         with suppress(EOFError, KeyboardInterrupt):
             while True:
                 try:

@@ -88,7 +88,8 @@ def read_pretrained(directory_or_name):
         from huggingface_hub import snapshot_download
 
         directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
-    defaults = {"n_positions": 1024, "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    defaults = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "n_inner": None}
+    defaults |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
     try:
         with open(f"{directory}/config.json", encoding="utf-8") as file:
             config = defaults | json.load(file)
@@ -100,6 +101,8 @@ def read_pretrained(directory_or_name):
             what = unlike[0] if unlike else "activation_function"
             raise ValueError(f"its {what} is {config[what]!r}, which GPT-2 does not have")
         tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
+        if config["n_embd"] % config["n_head"]:
+            raise ValueError(f"its n_embd {config['n_embd']} is not divisible by its n_head {config['n_head']}")
         V, C, n_inner = config["vocab_size"], config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
         shapes = {"wte.weight": (V, C), "wpe.weight": (config["n_positions"], C)}
         linears = {
@@ -501,8 +504,8 @@ def read_hellaswag(path, enc, size=None):
                 ind, label, context, endings = (example[name] for name in ("ind", "label", "ctx", "endings"))
                 if type(label) is not int or label not in range(4):
                     raise ValueError(f"its label is {label!r}, not 0, 1, 2 or 3")
-                if [type(text) for text in (context, *endings)] != 5 * [str] or not context:
-                    raise ValueError("its ctx and endings are not a text and four texts")
+                if type(endings) is not list or [*map(type, [context, *endings])] != 5 * [str] or not context:
+                    raise ValueError("its ctx and endings are not a text and a list of four")
             except (ValueError, KeyError, TypeError) as error:
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"line {number} of {path} is no HellaSwag example: {what}") from None
@@ -983,11 +986,11 @@ def new_model(args, meta):
         return GPT(GPTConfig(**tokens, **{k: getattr(args, k) for k in GPTConfig.__annotations__ if hasattr(args, k)}))
     try:
         model = GPT.from_pretrained(args.init_from, block_size=args.block_size, dropout=args.dropout)
-    except ValueError as error:
-        fail(f"--init_from: {error}")
-    except OSError as error:
-        what = str(error).strip().splitlines()[0]
-        fail(f"--init_from {args.init_from} cannot be fetched ({what}): without a network name a directory")
+    except (OSError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        if os.path.isdir(args.init_from):
+            fail(f"--init_from: {why}")
+        fail(f"--init_from {args.init_from} cannot be fetched ({why}): without a network name a directory")
     for name, value in tokens.items():
         if getattr(model.config, name) != value:
             what = (

@@ -505,7 +505,7 @@ def test_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(words=["no checkpoint in log", "train_gpt2.py", "--model"])
     (tmp_path / "log").mkdir()
-    refused(words=["log holds no GPT-2", "config.json"])
+    refused(words=["log holds no config.json", "nothing"])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "log/step_000007", "no/such/directory", "./odd name"])
