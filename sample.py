@@ -8,7 +8,7 @@ Text from a GPT-2: a checkpoint of train_gpt2.py, or any of Hugging Face's in a 
 
 Prints the prompt and what follows, a token at a time; without --prompt it asks for prompts on a terminal, and
 elsewhere starts a document. The same flags give the same text. Reads a directory or the hub, writes nothing.
-Expect 45 tokens a second from GPT-2 124M on two CPU cores, where the memory's bandwidth is the limit.
+Expect 35 to 40 tokens a second from GPT-2 124M on two CPU cores: every token reads all weights from memory.
 """
 
 import argparse
