@@ -1,0 +1,144 @@
+"""The notebooks of docs/lessons: each runs offline from top to bottom and prints what is committed.
+
+    python tests/test_lessons_notebooks.py [NAME ...]   # runs notebooks (all) and writes their outputs anew
+
+A cell with the tag "varies" prints what differs from machine to machine (samples, timings), one with the tag
+"gpt2" prints another line where GPT-2's vocabulary is absent: these outputs are not compared.
+"""
+
+import ast
+import os
+import re
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT, SCRIPTS, SHARED
+from nbclient import NotebookClient
+
+LESSONS = ROOT / "docs" / "lessons"
+NOTEBOOKS = sorted(path.stem for path in LESSONS.glob("*.ipynb"))
+NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
+notebooks = pytest.mark.parametrize("name", NOTEBOOKS)
+
+
+def read(name):
+    return nbformat.read(LESSONS / f"{name}.ipynb", as_version=4)
+
+
+def execute(name):
+    """The notebook as a fresh kernel in docs/lessons leaves it, without what only that run knows.
+
+    Raises nbclient.exceptions.CellExecutionError at a cell that fails.
+    """
+    notebook = read(name)
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", record_timing=False, resources={"metadata": {"path": LESSONS}}
+    ).execute()
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+            cell.execution_count = None
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = None
+    return notebook
+
+
+def printed(cell):
+    """All text that a cell's outputs hold; of a picture just that there is one."""
+    parts = []
+    for output in cell.outputs:
+        data = {"text/plain": output.text} if output.output_type == "stream" else output.get("data", {})
+        parts += [kind if kind.startswith("image/") else "".join(data[kind]) for kind in sorted(data)]
+    return "\n".join(parts)
+
+
+def agree(old, new):
+    """Whether two texts have the same words, and numbers that differ by rounding or a little of training."""
+    numbers = [[float(x.replace(",", "")) for x in NUMBER.findall(text)] for text in (old, new)]
+    return NUMBER.sub("#", old) == NUMBER.sub("#", new) and all(
+        abs(a - b) <= 0.05 * max(abs(a), abs(b)) + 0.011 for a, b in zip(*numbers, strict=True)
+    )
+
+
+# ------------------------------------------------------------------------------------------ running
+@notebooks
+def test_a_notebook_runs_and_prints_what_is_committed(name):
+    has_gpt2 = (SHARED / "tiktoken_cache").is_dir()
+    for i, (old, new) in enumerate(zip(read(name).cells, execute(name).cells, strict=True)):
+        tags = old.metadata.get("tags", [])
+        if old.cell_type == "code" and "varies" not in tags and (has_gpt2 or "gpt2" not in tags):
+            assert agree(printed(old), printed(new)), (
+                f"{name}, cell {i}: python tests/test_lessons_notebooks.py {name} writes its output anew\n"
+                f"--- committed\n{printed(old)}\n--- now\n{printed(new)}"
+            )
+
+
+def test_outputs_are_compared_by_words_and_roughly_by_numbers():
+    assert agree("loss 2.4512 after 1,000 steps", "loss 2.4498 after 1,000 steps")
+    assert not agree("loss 2.45", "loss 2.75")
+    assert not agree("loss 2.45", "lost 2.45")
+    assert not agree("1 2", "1 2 3")
+
+
+# ---------------------------------------------------------------------------------- what is committed
+def test_the_index_lists_every_notebook_in_order():
+    index = (LESSONS / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\((\w+)\.ipynb\)", index) == NOTEBOOKS
+    assert [int(name[:2]) for name in NOTEBOOKS] == list(range(1, len(NOTEBOOKS) + 1))
+
+
+@notebooks
+def test_a_notebook_is_committed_with_outputs_and_no_trace_of_a_machine(name):
+    notebook, text = read(name), (LESSONS / f"{name}.ipynb").read_text(encoding="utf-8")
+    nbformat.validate(notebook)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert not any(output.get("name") == "stderr" for output in outputs), "a warning is committed"
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert not re.search(r'(?<![\w.>])/(home|root|tmp|work|usr|Users|mnt|opt)/|"execution_count": \d|iopub', text)
+    assert len(text) < 400_000, "smaller figures, or fewer"
+
+
+@notebooks
+def test_functions_that_a_notebook_names_exist(name):
+    """Of `f()` and `script.f()` in the prose; a plain name may also be one that the notebook defines."""
+
+    def defined(source):
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        return {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)}
+
+    cells = read(name).cells
+    in_scripts = {script: defined((ROOT / f"{script}.py").read_text(encoding="utf-8")) for script in SCRIPTS}
+    here = set().union(*in_scripts.values(), *(defined(cell.source) for cell in cells if cell.cell_type == "code"))
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    named = re.findall(r"`(\w+(?:\.\w+)*)\(\)`", prose)
+    assert named, "a lesson names what it is about"
+    for path in named:
+        first, *rest = path.split(".")
+        if first in in_scripts:
+            assert set(rest) <= in_scripts[first], f"{first}.py has no {'.'.join(rest)}"
+        elif not rest:
+            assert first in here, f"{first}() is neither in a script nor in this notebook"
+
+
+# ------------------------------------------------------------------------------------ without a vocabulary
+@pytest.mark.skipif("05_tokenization" not in NOTEBOOKS, reason="there is no such lesson yet")
+def test_tokenization_runs_without_gpt2s_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    cells = [cell for cell in execute("05_tokenization").cells if "gpt2" in cell.metadata.get("tags", [])]
+    assert cells
+    assert all("GPT-2's vocabulary is not here" in printed(cell) for cell in cells)
+
+
+if __name__ == "__main__":
+    os.environ["TIKTOKEN_CACHE_DIR"] = os.environ.get("TIKTOKEN_CACHE_DIR") or str(SHARED / "tiktoken_cache")
+    for name in sys.argv[1:] or NOTEBOOKS:
+        nbformat.write(execute(name), LESSONS / f"{name}.ipynb")
+        print(name)
