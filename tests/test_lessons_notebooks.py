@@ -32,9 +32,8 @@ def execute(name):
     Raises nbclient.exceptions.CellExecutionError at a cell that fails.
     """
     notebook = read(name)
-    NotebookClient(
-        notebook, timeout=120, kernel_name="python3", record_timing=False, resources={"metadata": {"path": LESSONS}}
-    ).execute()
+    options = {"timeout": 120, "record_timing": False, "coalesce_streams": True}
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": LESSONS}}, **options).execute()
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
