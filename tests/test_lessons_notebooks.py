@@ -32,7 +32,7 @@ def execute(name):
     Raises nbclient.exceptions.CellExecutionError at a cell that fails.
     """
     notebook = read(name)
-    options = {"timeout": 120, "record_timing": False, "coalesce_streams": True}
+    options = {"timeout": 300, "startup_timeout": 300, "record_timing": False, "coalesce_streams": True}
     NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": LESSONS}}, **options).execute()
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
