@@ -7,6 +7,7 @@ A cell with the tag "varies" prints what differs from machine to machine (sample
 """
 
 import ast
+import asyncio
 import os
 import re
 import sys
@@ -26,14 +27,16 @@ def read(name):
     return nbformat.read(LESSONS / f"{name}.ipynb", as_version=4)
 
 
-def execute(name):
+async def execute(name, slots, **environment):
     """The notebook as a fresh kernel in docs/lessons leaves it, without what only that run knows.
 
-    Raises nbclient.exceptions.CellExecutionError at a cell that fails.
+    Waits for one of slots. Raises nbclient.exceptions.CellExecutionError at a cell that fails.
     """
     notebook = read(name)
     options = {"timeout": 300, "startup_timeout": 300, "record_timing": False, "coalesce_streams": True}
-    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": LESSONS}}, **options).execute()
+    client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": LESSONS}}, **options)
+    async with slots:
+        await client.async_execute(env={**os.environ, **environment})
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -46,6 +49,27 @@ def execute(name):
                 if "execution_count" in output:
                     output.execution_count = None
     return notebook
+
+
+async def execute_all(runs):
+    """What execute returns or raises for each (name, environment), two at a time."""
+    slots = asyncio.Semaphore(2)
+    return await asyncio.gather(*(execute(name, slots, **env) for name, env in runs), return_exceptions=True)
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """{name: the executed notebook, or what it raised}; "no vocabulary" is lesson 5 where GPT-2's is absent."""
+    empty = str(tmp_path_factory.mktemp("no_vocabulary"))
+    runs = {name: (name, {}) for name in NOTEBOOKS}
+    runs["no vocabulary"] = ("05_tokenization", {"TIKTOKEN_CACHE_DIR": empty})
+    return dict(zip(runs, asyncio.run(execute_all(runs.values())), strict=True))
+
+
+def result(executed, name):
+    if isinstance(executed[name], Exception):
+        raise executed[name]
+    return executed[name]
 
 
 def printed(cell):
@@ -67,9 +91,9 @@ def agree(old, new):
 
 # ------------------------------------------------------------------------------------------ running
 @notebooks
-def test_a_notebook_runs_and_prints_what_is_committed(name):
+def test_a_notebook_runs_and_prints_what_is_committed(name, executed):
     has_gpt2 = (SHARED / "tiktoken_cache").is_dir()
-    for i, (old, new) in enumerate(zip(read(name).cells, execute(name).cells, strict=True)):
+    for i, (old, new) in enumerate(zip(read(name).cells, result(executed, name).cells, strict=True)):
         tags = old.metadata.get("tags", [])
         if old.cell_type == "code" and "varies" not in tags and (has_gpt2 or "gpt2" not in tags):
             assert agree(printed(old), printed(new)), (
@@ -128,16 +152,16 @@ def test_functions_that_a_notebook_names_exist(name):
 
 
 # ------------------------------------------------------------------------------------ without a vocabulary
-@pytest.mark.skipif("05_tokenization" not in NOTEBOOKS, reason="there is no such lesson yet")
-def test_tokenization_runs_without_gpt2s_vocabulary(tmp_path, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    cells = [cell for cell in execute("05_tokenization").cells if "gpt2" in cell.metadata.get("tags", [])]
+def test_tokenization_runs_without_gpt2s_vocabulary(executed):
+    cells = [cell for cell in result(executed, "no vocabulary").cells if "gpt2" in cell.metadata.get("tags", [])]
     assert cells
     assert all("GPT-2's vocabulary is not here" in printed(cell) for cell in cells)
 
 
 if __name__ == "__main__":
-    os.environ["TIKTOKEN_CACHE_DIR"] = os.environ.get("TIKTOKEN_CACHE_DIR") or str(SHARED / "tiktoken_cache")
-    for name in sys.argv[1:] or NOTEBOOKS:
-        nbformat.write(execute(name), LESSONS / f"{name}.ipynb")
+    names = sys.argv[1:] or NOTEBOOKS
+    for name, notebook in zip(names, asyncio.run(execute_all([(name, {}) for name in names])), strict=True):
+        if isinstance(notebook, Exception):
+            raise notebook
+        nbformat.write(notebook, LESSONS / f"{name}.ipynb")
         print(name)
