@@ -292,10 +292,10 @@ def score_hellaswag(model, examples, block_size, batch_tokens, device):
     running = None  # a batch is read when the next one is under way, so that a GPU never waits
     for batch in [*batches, None]:
         ready, running = running, batch and (batch, score_rows(model, [row for _, row in batch], device))
-        if ready:
-            ready = ready[0], ready[1].cpu().double().sum(1).tolist()  # (B, T, 4) -> (B, 4)
-        scores = {}
-        for (i, (_, endings)), losses in zip(*ready, strict=True) if ready else ():
+        if ready is None:
+            continue
+        scores, losses_of_rows = {}, ready[1].cpu().double().sum(1).tolist()  # (B, T, 4) -> (B, 4)
+        for (i, (_, endings)), losses in zip(ready[0], losses_of_rows, strict=True):
             sums, means = scores.setdefault(i, ([0.0] * 4, [0.0] * 4))
             for number, ending in endings.items():
                 sums[number], means[number] = losses[number], losses[number] / len(ending)
@@ -333,14 +333,13 @@ def list_checkpoints(log_dir):
 # --- end of copied block: list_checkpoints ---
 def find_model(name):
     """What --model name means: a model's directory, the newest checkpoint of a run's, or else a name on the hub."""
-    if not os.path.isdir(name):
-        return name
-    if os.path.exists(f"{name}/config.json"):
+    if name != "log" and not os.path.isdir(name) or os.path.exists(f"{name}/config.json"):
         return name
     checkpoints = list_checkpoints(name)
     if not checkpoints:
-        found = ", ".join(sorted(os.listdir(name))[:5]) or "nothing"
-        fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: name a GPT-2 or a run of one")
+        found = ", ".join(sorted(os.listdir(name))[:5] if os.path.isdir(name) else []) or "nothing"
+        make = "make one with python train_gpt2.py, or name a model with --model"
+        fail(f"--model {name} holds no model (config.json) and no checkpoint (step_NNNNNN), but {found}: {make}")
     return checkpoints[-1]
 
 
@@ -348,16 +347,18 @@ def load_model(name, device, dtype):
     """The GPT that find_model names and its tokenizer; exits where they are not there or not each other's."""
     try:
         model = GPT(name, device, dtype)
-    except ValueError as error:
-        fail(f"--model {name}: {error}".partition("\n")[0])
-    except OSError as error:
-        where = f"no directory, and not to be had from the Hugging Face hub ({type(error).__name__})"
-        fail(f"--model {name} is {where}: name a directory that holds config.json and model.safetensors")
+    except (OSError, ValueError) as error:
+        what = str(error).partition("\n")[0]
+        if not os.path.isdir(name):
+            what = f"it is no directory, nor to be had from the Hugging Face hub ({type(error).__name__}: {what[:200]})"
+        fail(f"--model {name}: {what}: name a directory with a GPT-2's config.json and model.safetensors")
     vocab_size = model.config["vocab_size"]
     tokenizer = model.config.get("tokenizer", "gpt2" if vocab_size == 50257 else None)
     if (tokenizer, vocab_size) not in [("gpt2", 50257), ("bytes", 257)]:
-        known = "gpt2 with 50257 and bytes with 257 are known"
-        fail(f"--model {name} has {vocab_size} tokens, by its config.json of tokenizer {tokenizer!r}: {known}")
+        known = '"gpt2" (50257) or "bytes" (257)'
+        fail(
+            f"--model {name}: its tokenizer is {tokenizer!r}, of {vocab_size} tokens: have its config.json name {known}"
+        )
     try:
         return model, get_tokenizer(tokenizer)
     except requests.RequestException as error:
@@ -398,8 +399,6 @@ def main():
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if has_bfloat16 else "float32"
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    if args.model == "log" and not os.path.isdir("log"):
-        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
     name = find_model(args.model)
     model, enc = load_model(name, device, DTYPES[args.dtype])
     try:
