@@ -304,10 +304,10 @@ def score_hellaswag(model, examples, block_size, batch_tokens, device):
     running = None  # a batch is read when the next one is under way, so that a GPU never waits
     for batch in [*batches, None]:
         ready, running = running, batch and (batch, score_rows(model, [row for _, row in batch], device))
-        if ready:
-            ready = ready[0], ready[1].cpu().double().sum(1).tolist()  # (B, T, 4) -> (B, 4)
-        scores = {}
-        for (i, (_, endings)), losses in zip(*ready, strict=True) if ready else ():
+        if ready is None:
+            continue
+        scores, losses_of_rows = {}, ready[1].cpu().double().sum(1).tolist()  # (B, T, 4) -> (B, 4)
+        for (i, (_, endings)), losses in zip(ready[0], losses_of_rows, strict=True):
             sums, means = scores.setdefault(i, ([0.0] * 4, [0.0] * 4))
             for number, ending in endings.items():
                 sums[number], means[number] = losses[number], losses[number] / len(ending)
