@@ -9,6 +9,7 @@ import pty
 import random
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -466,7 +467,7 @@ def test_interactive_loop(key, tmp_path):
     terminal.type(key)
     end = terminal.wait_for(None)
     assert "Traceback" not in end and "Interrupt" not in end
-    assert terminal.status() == 0
+    assert terminal.status() == (0 if key == "\x04" else -signal.SIGINT)
 
 
 # ------------------------------------------------------------------------------------- bad input
