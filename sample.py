@@ -61,7 +61,8 @@ def read_pretrained(directory_or_name):
         from huggingface_hub import snapshot_download
 
         directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
-    defaults = {"n_positions": 1024, "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    defaults = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "n_inner": None}
+    defaults |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
     try:
         with open(f"{directory}/config.json", encoding="utf-8") as file:
             config = defaults | json.load(file)
@@ -73,6 +74,8 @@ def read_pretrained(directory_or_name):
             what = unlike[0] if unlike else "activation_function"
             raise ValueError(f"its {what} is {config[what]!r}, which GPT-2 does not have")
         tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
+        if config["n_embd"] % config["n_head"]:
+            raise ValueError(f"its n_embd {config['n_embd']} is not divisible by its n_head {config['n_head']}")
         V, C, n_inner = config["vocab_size"], config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
         shapes = {"wte.weight": (V, C), "wpe.weight": (config["n_positions"], C)}
         linears = {
