@@ -348,9 +348,8 @@ def main():
     generator = torch.Generator(device).manual_seed(args.seed)
 
     if args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         print(f"{path}: type a text to continue; Ctrl-D leaves")
-        with suppress(EOFError, KeyboardInterrupt):
+        with suppress(EOFError):
             while True:
                 try:
                     sample(model, enc, input("> "), args, generator, echo=False)

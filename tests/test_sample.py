@@ -9,6 +9,7 @@ import pty
 import random
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -466,7 +467,7 @@ def test_interactive_loop(key, tmp_path):
     terminal.type(key)
     end = terminal.wait_for(None)
     assert "Traceback" not in end and "Interrupt" not in end
-    assert terminal.status() == 0
+    assert terminal.status() == (0 if key == "\x04" else -signal.SIGINT)
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -525,6 +526,7 @@ def edit_config(directory, **changes):
         (dict(model_type="llama"), ["llama", "gpt2"]),
         (dict(n_embd=64), ["(257, 32)", "(257, 64)"]),
         (dict(n_layer=3), ["h.2.", "missing"]),
+        (dict(n_head=5), ["n_embd 32", "n_head 5"]),
         (dict(n_positions=32), ["wpe.weight", "(24, 32)"]),
         (dict(activation_function="silu"), ["silu"]),
         (dict(tokenizer="gpt2"), ["257", "gpt2"]),
