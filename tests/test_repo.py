@@ -5,6 +5,7 @@ import ast
 import hashlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -121,8 +122,8 @@ def commands(text):
     found = []
     for line in text.splitlines():
         for part in re.split(r"&&|;|\||`", line):
-            match = re.match(r"\s*(?:\$ )?(?:\w+=\S+ )*(?:\S*python3?|torchrun)\s[^#]*?(\w+)\.py\b(.*)", part)
-            if match and "/" not in part[: match.end(1)]:
+            match = re.match(r"\s*(?:\$ )?(?:\w+=\S+ )*(?:\S*python3?|torchrun)\s(?:[^#]*?\s)?(\w+)\.py\b(.*)", part)
+            if match:
                 found.append((match[1], shlex.split(match[2], comments=True)))
     return found
 
@@ -189,3 +190,35 @@ def test_the_corpus_is_the_published_one():
 @scripts
 def test_a_loaded_script_bears_its_name(script):
     assert load(script).__name__ == script
+
+
+# --------------------------------------------------------------------- the commands of the documents
+SHORTER = {  # added to a command of the documents, so that it takes seconds
+    "bigram": ["--max_steps", 20, "--eval_iters", 2],
+    "gpt": ["--max_steps", 2, "--eval_iters", 1, "--max_new_tokens", 4],
+    "train_gpt2": ["--max_steps", 2, "--val_tokens", 640, "--max_new_tokens", 4, "--device", "cpu"],
+    "sample": ["--max_new_tokens", 4],
+}
+
+
+def offline(script, arguments):
+    """Whether a command needs no network, no second machine, no GPU and no file that only its reader has."""
+    others = {"--download", "--preset full", "gpt2", "DIR", "-", "...", "log_build_nanogpt", "log/step_019073"}
+    if script == "train_gpt2":
+        return "shakespeare" in arguments and "--block_size" not in arguments
+    return script not in ("fineweb", "hellaswag") and not others & {*arguments, " ".join(arguments)}
+
+
+def test_offline_commands_of_the_readme_run_as_printed(tmp_path, monkeypatch):
+    """In their order in one directory, each shortened by flags behind it alone; the model they train opens later."""
+    for script in SCRIPTS:
+        shutil.copy(ROOT / f"{script}.py", tmp_path)
+    shutil.copy(ROOT / "input.txt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    found = {str(command): command for command in commands(DOCUMENTS[0].read_text(encoding="utf-8"))}  # each once
+    found = [command for command in found.values() if offline(*command)]
+    assert {script for script, _ in found} >= {"prepare_shakespeare", "train_gpt2", "bigram", "gpt", "sample"}
+    for script, arguments in found:
+        done = call(script, *arguments, *SHORTER.get(script, []))
+        assert (done.returncode, done.stderr.count("error")) == (0, 0), f"{script}.py {arguments}: {done.stderr}"
+    assert (tmp_path / "log" / "step_000002" / "model.safetensors").exists()
