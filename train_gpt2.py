@@ -58,6 +58,10 @@ PRESETS = {
     "gpt2-medium": GPT2 | dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4),
     "gpt2-large": GPT2 | dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
     "gpt2-xl": GPT2 | dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4),
+    # Half the tokens, Muon: tuned on small models, not yet tried at this size (docs/performance.md).
+    "gpt2-fast": GPT2
+    | dict(n_layer=12, n_head=12, n_embd=768, learning_rate=2e-3, optimizer="muon", schedule="linear")
+    | dict(max_steps=9537, warmup_steps=250),
     "shakespeare": dict(data_dir="shakespeare", block_size=64, total_batch_size=1024)
     | dict(max_steps=1500, warmup_steps=100, eval_interval=250, val_tokens=48000, checkpoint_interval=500)
     | dict(log_interval=10, hellaswag_interval=0, prompt="\n", max_new_tokens=192)
