@@ -87,7 +87,7 @@ def pick_device(name):
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         return torch.zeros(1, device=name).device
-    except (AssertionError, NotImplementedError, RuntimeError):
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError):
         fail(f"--device {name} is not available here: leave it out, or use --device cpu")
 
 

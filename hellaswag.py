@@ -39,6 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # --- copied block: read_pretrained ---
 ACTIVATIONS = {  # by Hugging Face's names; gelu_new is GPT-2's
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
 }
@@ -61,7 +62,7 @@ def read_pretrained(directory_or_name):
     defaults |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
     try:
         with open(f"{directory}/config.json", encoding="utf-8") as file:
-            config = defaults | json.load(file)
+            config = defaults | dict(json.load(file))
         if config.get("model_type") != "gpt2":
             raise ValueError(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
         unlike = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
@@ -69,10 +70,23 @@ def read_pretrained(directory_or_name):
         if config["activation_function"] not in ACTIVATIONS or unlike:
             what = unlike[0] if unlike else "activation_function"
             raise ValueError(f"its {what} is {config[what]!r}, which GPT-2 does not have")
-        tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
-        if config["n_embd"] % config["n_head"]:
-            raise ValueError(f"its n_embd {config['n_embd']} is not divisible by its n_head {config['n_head']}")
+        sizes = {name: config[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")}
         V, C, n_inner = config["vocab_size"], config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
+        for name, value in (sizes | {"n_inner": n_inner}).items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"its {name} is {value!r}, not a whole number above 0")
+        if C % config["n_head"]:
+            raise ValueError(f"its n_embd {C} is not divisible by its n_head {config['n_head']}")
+        if not 0 < config["layer_norm_epsilon"] < 1:
+            raise ValueError(f"its layer_norm_epsilon is {config['layer_norm_epsilon']}, not between 0 and 1")
+        if not os.path.exists(f"{directory}/model.safetensors"):
+            raise ValueError("it has no model.safetensors: transformers' save_pretrained writes one, in one file")
+        tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
+        n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+        if n_layer != config["n_layer"]:
+            raise ValueError(f"it has {n_layer} blocks, its n_layer is {config['n_layer']}")
+        if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
+            raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
         shapes = {"wte.weight": (V, C), "wpe.weight": (config["n_positions"], C)}
         linears = {
             "attn.c_attn": (C, 3 * C),
@@ -89,7 +103,9 @@ def read_pretrained(directory_or_name):
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             if found != shape:
                 raise ValueError(f"{name} is {found}, config.json asks for {shape}")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            if not tensors[name].is_floating_point():
+                raise ValueError(f"{name} holds {tensors[name].dtype}, not floating-point numbers")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{directory} holds no GPT-2: {error}") from None
     return config, {name: tensors[name] for name in shapes}
 
@@ -190,14 +206,14 @@ def read_hellaswag(path, enc, size=None):
                 if type(label) is not int or label not in range(4):
                     raise ValueError(f"its label is {label!r}, not 0, 1, 2 or 3")
                 if type(endings) is not list or [*map(type, [context, *endings])] != 5 * [str] or not context:
-                    raise ValueError("its ctx and endings are not a text and a list of four")
-            except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError("its ctx and endings are not a text that is not empty and a list of four texts")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"line {number} of {path} is no HellaSwag example: {what}") from None
             endings = [enc.encode_ordinary(f" {ending}") for ending in endings]
             examples.append((ind, label, enc.encode_ordinary(context), endings))
-    if len(examples) != (size or len(examples) or "some"):
-        raise ValueError(f"{path} has {len(examples)} examples, not {size or 'some'}")
+    if not examples or size and len(examples) != size:
+        raise ValueError(f"{path} has {len(examples)} examples, not {size or 'one or more'}")
     return examples
 
 
@@ -328,7 +344,7 @@ def pick_device(name):
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         return torch.zeros(1, device=name).device
-    except (AssertionError, NotImplementedError, RuntimeError):
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError):
         fail(f"--device {name} is not available here: leave it out, or use --device cpu")
 
 
@@ -342,6 +358,8 @@ def load_model(name, device, dtype):
     if name == "log" and not os.path.isdir(name):
         fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
     path = name
+    if os.path.exists(name) and not os.path.isdir(name) or name[:1] in "./" and not os.path.isdir(name):
+        fail(f"--model {name} is no directory: name one that holds config.json and model.safetensors")
     if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
         steps = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
         if not steps:
@@ -357,7 +375,7 @@ def load_model(name, device, dtype):
         where = f"no directory, and not to be had from the Hugging Face hub ({why})"
         fail(f"--model {name} is {where}: name a directory that holds config.json and model.safetensors")
     vocab_size = model.config["vocab_size"]
-    tokenizer = model.config.get("tokenizer", "gpt2" if vocab_size == 50257 else None)
+    tokenizer = model.config.get("tokenizer", {50257: "gpt2", 257: "bytes"}.get(vocab_size))
     if (tokenizer, vocab_size) not in [("gpt2", 50257), ("bytes", 257)]:
         known = "gpt2 with 50257 and bytes with 257 are known"
         fail(f"--model {name} has {vocab_size} tokens, by its config.json of tokenizer {tokenizer!r}: {known}")
@@ -387,7 +405,11 @@ def parse_args():
     for name in ("limit", "batch_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} is {getattr(args, name)}: it must be above 0")
-    if args.output and (os.path.isdir(args.output) or not os.path.isdir(os.path.dirname(args.output) or ".")):
+    if args.output and (
+        os.path.exists(args.output)
+        and not os.path.isfile(args.output)
+        or not os.path.isdir(os.path.dirname(args.output) or ".")
+    ):
         fail(f"--output {args.output} cannot be written: name a file in a directory that exists")
     return args
 
@@ -437,4 +459,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # the reader has enough
+        os._exit(0)

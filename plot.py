@@ -57,7 +57,10 @@ def read_run(log_dir):
     if wrong:
         what = f"skipped {len(wrong)} of {len(lines)} lines that are no 'step kind value', the first is line {wrong[0]}"
         print(f"warning: {log_dir}/log.txt: {what}", file=sys.stderr)
-    with suppress(OSError, ValueError, TypeError), open(f"{log_dir}/run.json", encoding="utf-8") as file:
+    with (
+        suppress(OSError, ValueError, TypeError, RecursionError),
+        open(f"{log_dir}/run.json", encoding="utf-8") as file,
+    ):
         flags = dict(json.load(file))
     log = {kind: np.array(sorted(figures.items()), float).T for kind, figures in found.items()}  # (2, N)
     return {kind: (x, np.where(np.isfinite(y), y, np.nan)) for kind, (x, y) in log.items()}, flags
@@ -86,11 +89,12 @@ def draw(log_dirs, path, tokens_per_step=None, reference=None):
     if not found & {*LABELS, "val"}:
         raise ValueError(f"{log_dirs[0]}/log.txt has nothing to draw yet: wait for the first step, or name another run")
     names = [os.path.basename(os.path.abspath(one)) for one in log_dirs]
-    names = names if len(set(names)) == len(names) else log_dirs
+    names = [name.replace("$", r"\$") for name in (names if len(set(names)) == len(names) else log_dirs)]
     if reference is None:
         data = [f"{one['tokenizer']} {one.get('source')}" for one in flags if "tokenizer" in one]
         reference = bool(data) and all(re.match(r"gpt2 .*HuggingFaceFW/fineweb-edu(?![\w-])", one) for one in data)
-    sizes = [one.get("total_batch_size", tokens_per_step) for one in flags]
+    sizes = [one.get("total_batch_size") for one in flags]
+    sizes = [size if type(size) is int and 0 < size < 2**62 else tokens_per_step for size in sizes]
     x_label = "steps (for tokens: --tokens_per_step)"
     if None not in sizes:
         most = max(size * x[-1] for size, log in zip(sizes, logs, strict=True) for x, _ in log.values())
@@ -165,11 +169,13 @@ def main():
     add("--reference", action=switch, help="draw OpenAI's figures (where a run.json tells of FineWeb-Edu)")
     add("--show", action="store_true", help="open a window, too")
     args = parser.parse_args()
-    if args.tokens_per_step is not None and args.tokens_per_step < 1:
-        fail(f"--tokens_per_step is {args.tokens_per_step}: it must be above 0")
+    if args.tokens_per_step is not None and not 0 < args.tokens_per_step < 2**62:
+        fail(f"--tokens_per_step is {args.tokens_per_step}: it must be above 0, and a number of tokens")
     if not args.show:
         os.environ["MPLBACKEND"] = "Agg"  # draws without a display
     path = args.output or f"{args.log_dirs[0]}/curves.png"
+    if os.path.exists(path) and not os.path.isfile(path):
+        fail(f"--output {path} is no file: name one")
     try:
         draw(args.log_dirs, path, args.tokens_per_step, args.reference)
     except ImportError as error:
@@ -188,4 +194,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # the reader has enough
+        os._exit(0)

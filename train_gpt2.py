@@ -74,6 +74,7 @@ PRESETS = {
 # --- copied block: read_pretrained ---
 ACTIVATIONS = {  # by Hugging Face's names; gelu_new is GPT-2's
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
 }
@@ -96,7 +97,7 @@ def read_pretrained(directory_or_name):
     defaults |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
     try:
         with open(f"{directory}/config.json", encoding="utf-8") as file:
-            config = defaults | json.load(file)
+            config = defaults | dict(json.load(file))
         if config.get("model_type") != "gpt2":
             raise ValueError(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
         unlike = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
@@ -104,10 +105,23 @@ def read_pretrained(directory_or_name):
         if config["activation_function"] not in ACTIVATIONS or unlike:
             what = unlike[0] if unlike else "activation_function"
             raise ValueError(f"its {what} is {config[what]!r}, which GPT-2 does not have")
-        tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
-        if config["n_embd"] % config["n_head"]:
-            raise ValueError(f"its n_embd {config['n_embd']} is not divisible by its n_head {config['n_head']}")
+        sizes = {name: config[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")}
         V, C, n_inner = config["vocab_size"], config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
+        for name, value in (sizes | {"n_inner": n_inner}).items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"its {name} is {value!r}, not a whole number above 0")
+        if C % config["n_head"]:
+            raise ValueError(f"its n_embd {C} is not divisible by its n_head {config['n_head']}")
+        if not 0 < config["layer_norm_epsilon"] < 1:
+            raise ValueError(f"its layer_norm_epsilon is {config['layer_norm_epsilon']}, not between 0 and 1")
+        if not os.path.exists(f"{directory}/model.safetensors"):
+            raise ValueError("it has no model.safetensors: transformers' save_pretrained writes one, in one file")
+        tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
+        n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+        if n_layer != config["n_layer"]:
+            raise ValueError(f"it has {n_layer} blocks, its n_layer is {config['n_layer']}")
+        if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
+            raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
         shapes = {"wte.weight": (V, C), "wpe.weight": (config["n_positions"], C)}
         linears = {
             "attn.c_attn": (C, 3 * C),
@@ -124,7 +138,9 @@ def read_pretrained(directory_or_name):
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             if found != shape:
                 raise ValueError(f"{name} is {found}, config.json asks for {shape}")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            if not tensors[name].is_floating_point():
+                raise ValueError(f"{name} holds {tensors[name].dtype}, not floating-point numbers")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{directory} holds no GPT-2: {error}") from None
     return config, {name: tensors[name] for name in shapes}
 
@@ -509,14 +525,14 @@ def read_hellaswag(path, enc, size=None):
                 if type(label) is not int or label not in range(4):
                     raise ValueError(f"its label is {label!r}, not 0, 1, 2 or 3")
                 if type(endings) is not list or [*map(type, [context, *endings])] != 5 * [str] or not context:
-                    raise ValueError("its ctx and endings are not a text and a list of four")
-            except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError("its ctx and endings are not a text that is not empty and a list of four texts")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"line {number} of {path} is no HellaSwag example: {what}") from None
             endings = [enc.encode_ordinary(f" {ending}") for ending in endings]
             examples.append((ind, label, enc.encode_ordinary(context), endings))
-    if len(examples) != (size or len(examples) or "some"):
-        raise ValueError(f"{path} has {len(examples)} examples, not {size or 'some'}")
+    if not examples or size and len(examples) != size:
+        raise ValueError(f"{path} has {len(examples)} examples, not {size or 'one or more'}")
     return examples
 
 
@@ -698,8 +714,9 @@ def draw_curves(log_dir):
 
 
 # ----------------------------------------------------------------------------------- checkpoints
+SHAPE_FLAGS = ("n_layer", "n_head", "n_embd")  # which --init_from decides
 RESULT_FLAGS = (  # what a resumed run must share with its beginning: they decide what the model becomes
-    *("data", "shuffle", "seed", "n_layer", "n_head", "n_embd", "block_size"),
+    *("data", "shuffle", "seed", *SHAPE_FLAGS, "block_size"),
     *("dropout", "total_batch_size", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "grad_clip"),
     *("optimizer", "schedule"),
 )
@@ -773,7 +790,7 @@ def load_checkpoint(path, args):
     if was_plateau:  # nothing that was done depends on where the plateau ends
         del was["max_steps"]
     for name, value in was.items():
-        if value != getattr(args, name):
+        if value != getattr(args, name) and not (args.init_from and name in SHAPE_FLAGS):
             seen, what = getattr(args, name), "the data in --data_dir" if name == "data" else f"--{name}"
             fail(f"{what} is {seen}, the run in {path} has {value}: use that, or another --log_dir")
     return model, trainer
@@ -847,7 +864,7 @@ def pick_device(name):
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         return torch.zeros(1, device=name).device
-    except (AssertionError, NotImplementedError, RuntimeError):
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError):
         fail(f"--device {name} is not available here: leave it out, or use --device cpu")
 
 
@@ -904,7 +921,7 @@ def parse_args():
     add("--dtype", choices=list(DTYPES), help="of matmuls (the best that the device has; float32 on a CPU)")
     add("--compile", action=switch, help="torch.compile the model (on GPUs)")
     args = parser.parse_args()
-    shape = [f"--{name}" for name in ("n_layer", "n_head", "n_embd") if getattr(args, name)]
+    shape = [f"--{name}" for name in SHAPE_FLAGS if getattr(args, name)]
     if args.init_from and shape:
         fail(f"{shape[0]} comes from the model that --init_from names: leave it out")
     for name, value in PRESETS[args.preset].items():
@@ -921,6 +938,9 @@ def parse_args():
         )
         if type(value) in (int, float) and not (value > 0 or value == 0 and zero_is_fine):
             fail(f"--{name} is {value}: it must be {'0 or more' if zero_is_fine else 'above 0'}")
+        if type(value) in (int, float) and value >= 2**62 and name not in ("grad_clip", "max_hours"):
+            fail(f"--{name} is {value}: that is too large")
+    args.prompt = args.prompt.encode(errors="surrogateescape").decode(errors="replace")  # an argument can be any bytes
     if args.n_embd % args.n_head:
         fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: change either")
     if args.dropout >= 1:
@@ -1023,7 +1043,7 @@ def open_hellaswag(enc, tokenizer, world_size, device):
     return (examples, "") if found else (None, why)
 
 
-def open_run(args, model, rank):
+def open_run(args, meta, rank):
     """The (lock, model, content of trainer.pt or None) with which a run starts; exits if --log_dir forbids it.
 
     A resumed run starts from --resume's checkpoint or from the newest one in --log_dir that is as it was written.
@@ -1034,9 +1054,9 @@ def open_run(args, model, rank):
     holds_run = list_checkpoints(args.log_dir) or os.path.exists(f"{args.log_dir}/log.txt")
     if holds_run and (not args.resume or resume_dir and os.path.dirname(resume_dir) != os.path.realpath(args.log_dir)):
         fail(f"--log_dir {args.log_dir} holds a run: --resume it, name another directory, or delete it")
-    lock = lock_run(args.log_dir) if rank == 0 else None
     candidates = [resume_dir] if resume_dir else list_checkpoints(args.log_dir)[::-1] if args.resume else []
-    damaged = []
+    model = None if candidates else new_model(args, meta)
+    lock, damaged = lock_run(args.log_dir) if rank == 0 else None, []
     for path in candidates:
         try:
             model, trainer = load_checkpoint(path, args)
@@ -1046,6 +1066,8 @@ def open_run(args, model, rank):
         if damaged and rank == 0:
             warn(f"{'; '.join(damaged)}: resuming from the one before")
         return lock, model, trainer
+    if resume_dir:
+        fail(f"--resume: {damaged[0]}: name a checkpoint that a run wrote; --init_from starts from any GPT-2")
     if damaged:
         fail(f"{damaged[0]}, and there is none before it: delete it, or name another --log_dir, to start again")
     return lock, model, None
@@ -1085,9 +1107,8 @@ def main():
 
     # The model and the optimizers, new or as a checkpoint has them.
     torch.manual_seed(args.seed)
-    raw_model = new_model(args, meta)
-    args.n_layer, args.n_head, args.n_embd = (getattr(raw_model.config, k) for k in ("n_layer", "n_head", "n_embd"))
-    lock, raw_model, trainer = open_run(args, raw_model, rank)
+    lock, raw_model, trainer = open_run(args, meta, rank)
+    args.n_layer, args.n_head, args.n_embd = (getattr(raw_model.config, name) for name in SHAPE_FLAGS)
     start_step = trainer["step"] if trainer else 0
     raw_model.to(device)
     optimizer_args = (args.optimizer, args.learning_rate, args.weight_decay, device, rank, world_size)
