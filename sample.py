@@ -80,8 +80,9 @@ def read_pretrained(directory_or_name):
                 raise ValueError(f"its {name} is {value!r}, not a whole number above 0")
         if C % config["n_head"]:
             raise ValueError(f"its n_embd {C} is not divisible by its n_head {config['n_head']}")
-        if not 0 < config["layer_norm_epsilon"] < 1:
-            raise ValueError(f"its layer_norm_epsilon is {config['layer_norm_epsilon']}, not between 0 and 1")
+        epsilon = config["layer_norm_epsilon"]
+        if type(epsilon) is not float or not 0 < epsilon < 1:
+            raise ValueError(f"its layer_norm_epsilon is {epsilon!r}, not a number between 0 and 1")
         if not os.path.exists(f"{directory}/model.safetensors"):
             raise ValueError("it has no model.safetensors: transformers' save_pretrained writes one, in one file")
         tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
@@ -305,7 +306,7 @@ def load_model(name, device, dtype):
         fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
     path = name
     if os.path.exists(name) and not os.path.isdir(name) or name[:1] in "./" and not os.path.isdir(name):
-        fail(f"--model {name} is no directory: name one that holds config.json and model.safetensors")
+        fail(f"--model {name} is no directory: name a directory that holds config.json and model.safetensors")
     if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
         steps = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
         if not steps:

@@ -55,7 +55,7 @@ def call(script, *args):
     Returns what subprocess.run would: exit status, stdout and stderr. An exception of the script passes through.
     """
     module = load(script) if isinstance(script, str) else script
-    out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    out, err, argv, environment, code = io.StringIO(), io.StringIO(), sys.argv, dict(os.environ), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     sys.argv = [f"{module.__name__}.py", *map(str, args)]
     try:
@@ -65,6 +65,8 @@ def call(script, *args):
         code = stop.code or 0
     finally:
         sys.argv = argv
+        os.environ.clear()
+        os.environ.update(environment)
         for number, handler in handlers.items():  # so that Ctrl-C still ends the tests
             signal.signal(number, handler)
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())

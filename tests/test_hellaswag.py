@@ -299,12 +299,20 @@ def test_a_directory_that_is_no_gpt2_names_what_it_holds(tmp_path, tiny):
     check_error(call("hellaswag", "--model", tmp_path / "empty", *flags), tmp_path / "empty", "notes.txt")
 
 
+def change_tensors(path, head=False, dtype=None):
+    """Give the model at path a head that is not its embedding, or tensors of another dtype."""
+    tensors = load_file(path / "model.safetensors")
+    if head:
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, path / "model.safetensors")
+
+
 DAMAGE = {
     "another model": (lambda path: change_config(path, model_type="llama"), ["model_type", "llama"]),
     "another activation": (lambda path: change_config(path, activation_function="silu"), ["silu"]),
     "untied head": (lambda path: change_config(path, tie_word_embeddings=False), ["tie_word_embeddings"]),
     "wider": (lambda path: change_config(path, n_embd=64), ["wte.weight", "(257, 32)", "(257, 64)"]),
-    "deeper": (lambda path: change_config(path, n_layer=3), ["h.2.", "missing"]),
+    "deeper": (lambda path: change_config(path, n_layer=3), ["2 blocks", "n_layer is 3"]),
     "heads": (lambda path: change_config(path, n_head=5), ["n_head 5", "n_embd 32"]),
     "nonsense": (lambda path: change_config(path, n_layer="two"), []),
     "no JSON": (lambda path: (path / "config.json").write_text("{"), []),
@@ -313,7 +321,11 @@ DAMAGE = {
     "half the weights": (lambda path: os.truncate(path / "model.safetensors", 9999), []),
     "another tokenizer": (lambda path: change_config(path, tokenizer="gpt2"), ["257", "gpt2"]),
     "an unknown tokenizer": (lambda path: change_config(path, tokenizer=["sentencepiece"]), ["sentencepiece"]),
-    "no tokenizer": (lambda path: change_config(path, tokenizer=None), ["257", "None"]),
+    "fewer blocks": (lambda path: change_config(path, n_layer=1), ["2 blocks", "n_layer is 1"]),
+    "a text for a number": (lambda path: change_config(path, n_head="2"), ["n_head", "'2'"]),
+    "no epsilon": (lambda path: change_config(path, layer_norm_epsilon=None), ["layer_norm_epsilon", "None"]),
+    "a head of its own": (lambda path: change_tensors(path, head=True), ["lm_head.weight"]),
+    "whole numbers": (lambda path: change_tensors(path, dtype=torch.int8), ["torch.int8"]),
 }
 
 

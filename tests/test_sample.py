@@ -525,7 +525,7 @@ def edit_config(directory, **changes):
     [
         (dict(model_type="llama"), ["llama", "gpt2"]),
         (dict(n_embd=64), ["(257, 32)", "(257, 64)"]),
-        (dict(n_layer=3), ["h.2.", "missing"]),
+        (dict(n_layer=3), ["2 blocks", "n_layer is 3"]),
         (dict(n_head=5), ["n_embd 32", "n_head 5"]),
         (dict(n_positions=32), ["wpe.weight", "(24, 32)"]),
         (dict(activation_function="silu"), ["silu"]),
