@@ -323,7 +323,7 @@ DAMAGE = {
     "an unknown tokenizer": (lambda path: change_config(path, tokenizer=["sentencepiece"]), ["sentencepiece"]),
     "fewer blocks": (lambda path: change_config(path, n_layer=1), ["2 blocks", "n_layer is 1"]),
     "a text for a number": (lambda path: change_config(path, n_head="2"), ["n_head", "'2'"]),
-    "no epsilon": (lambda path: change_config(path, layer_norm_epsilon=None), ["layer_norm_epsilon", "None"]),
+    "a text for epsilon": (lambda path: change_config(path, layer_norm_epsilon="1e-5"), ["layer_norm_epsilon"]),
     "a head of its own": (lambda path: change_tensors(path, head=True), ["lm_head.weight"]),
     "whole numbers": (lambda path: change_tensors(path, dtype=torch.int8), ["torch.int8"]),
 }
