@@ -21,16 +21,26 @@ from contextlib import suppress
 
 import numpy as np
 
-LABELS = {"loss": "loss (nats per token)", "hella": "HellaSwag accuracy", "lr": "learning rate"}
-LABELS |= {"norm": "gradient norm", "tok/s": "tokens/s"}
+LABELS = {
+    "loss": "loss (nats per token)",
+    "hella": "HellaSwag accuracy",
+    "lr": "learning rate",
+    "norm": "gradient norm",
+    "tok/s": "tokens/s",
+}
 # (kind, model of OpenAI's, value, line): the loss is that on build-nanogpt's validation shard of FineWeb-Edu; endings
 # are chosen by likelihood a token; GPT-3's figure is table H.1 of "Language Models are Few-Shot Learners" (2020).
-REFERENCES = [("loss", "GPT-2 124M", 3.2924, "--"), ("hella", "GPT-3 124M", 0.337, ":")]
-REFERENCES += [("hella", "GPT-2 124M", 0.2955, "--")]
+REFERENCES = [
+    ("loss", "GPT-2 124M", 3.2924, "--"),
+    ("hella", "GPT-3 124M", 0.337, ":"),
+    ("hella", "GPT-2 124M", 0.2955, "--"),
+]
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, for all eyes
-STYLE = {"font.size": 12, "axes.grid": True, "grid.color": "#e5e5e5", "axes.xmargin": 0.02, "legend.frameon": False}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 11, "legend.handlelength": 1.5}
-STYLE |= {"lines.markersize": 5, "lines.markeredgewidth": 0.5, "lines.markeredgecolor": "white"}
+STYLE = {
+    **{"font.size": 12, "axes.grid": True, "grid.color": "#e5e5e5", "axes.xmargin": 0.02, "legend.frameon": False},
+    **{"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 11, "legend.handlelength": 1.5},
+    **{"lines.markersize": 5, "lines.markeredgewidth": 0.5, "lines.markeredgecolor": "white"},
+}
 
 
 def fail(message):

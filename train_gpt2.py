@@ -1017,10 +1017,9 @@ def new_model(args, meta):
             fail(f"--init_from: {why}")
         fail(f"--init_from {args.init_from} cannot be fetched ({why}): without a network name a directory")
     for name, value in tokens.items():
-        if getattr(model.config, name) != value:
-            what = (
-                f"{args.init_from} has {name} {getattr(model.config, name)}, the shards in {args.data_dir} have {value}"
-            )
+        theirs = getattr(model.config, name)
+        if theirs != value:
+            what = f"{args.init_from} has {name} {theirs}, the shards in {args.data_dir} have {value}"
             fail(f"{what}: make them again with the model's tokenizer")
     return model
 
