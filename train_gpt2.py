@@ -14,6 +14,7 @@ Expect a loss of about ln(vocab_size) + n_embd * 0.02^2 / 2 at step 0 (10.98 for
 """
 
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import importlib.util
@@ -705,6 +706,26 @@ def matmul_peak(device, dtype):
     return 2 * n**3 / seconds
 
 
+def try_compile(device):
+    """Why torch.compile does not work on device, None if it does: it needs a C++ compiler, on GPUs Triton."""
+    try:
+        torch.compile(torch.add)(torch.ones(1, device=device), 1)
+    except Exception as error:  # its parts fail in many ways
+        return " ".join(str(error).split("\n\n")[0].split())
+
+
+def keep_freed_memory():
+    """Have the C library keep memory that is freed, where it can be told to (glibc).
+
+    A step of a large model on a CPU takes and frees gigabytes; new pages from the system cost a tenth of its time.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
+    with suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def draw_curves(log_dir):
     """Start plot.py, where it stands beside this file, on the run so far; whatever becomes of it, the run goes on."""
     plot = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plot.py")
@@ -870,6 +891,9 @@ def pick_device(name):
 
 
 # --- end of copied block: pick_device ---
+ZERO_IS_FINE = ("seed", "dropout", "warmup_steps", "weight_decay", "keep_checkpoints", "hellaswag_interval")
+
+
 def size_or_auto(text):
     """An argparse type: a whole number, or None for "auto"."""
     return None if text == "auto" else int(text)
@@ -929,14 +953,7 @@ def parse_args():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name, value in vars(args).items():
-        zero_is_fine = name in (
-            "seed",
-            "dropout",
-            "warmup_steps",
-            "weight_decay",
-            "keep_checkpoints",
-            "hellaswag_interval",
-        )
+        zero_is_fine = name in ZERO_IS_FINE
         if type(value) in (int, float) and not (value > 0 or value == 0 and zero_is_fine):
             fail(f"--{name} is {value}: it must be {'0 or more' if zero_is_fine else 'above 0'}")
         if type(value) in (int, float) and value >= 2**62 and name not in ("grad_clip", "max_hours"):
@@ -1024,23 +1041,17 @@ def new_model(args, meta):
     return model
 
 
-def open_hellaswag(enc, tokenizer, world_size, device):
-    """(examples, "") for evaluate_hellaswag, or (None, why there are none) on every rank."""
-    examples, why = None, "another process has not got it"
-    for first in (True, False):  # one process a machine downloads, the others find what it got
-        if first == (os.environ.get("LOCAL_RANK", "0") == "0"):
-            try:
-                if tokenizer != "gpt2" or not enc:
-                    raise ValueError("it takes GPT-2's tokens and vocabulary")
-                examples = fetch_hellaswag(enc)
-            except (OSError, ValueError) as error:
-                why = str(error).splitlines()[0]
-        if world_size > 1:
-            dist.barrier()
-    found = torch.tensor(float(examples is not None), device=device)
+def open_hellaswag(enc, tokenizer, rank, world_size):
+    """(examples, "") for evaluate_hellaswag, or (None, why there are none): what the first rank got, on every rank."""
+    found = [None, "it takes GPT-2's tokens and vocabulary"]
+    if rank == 0 and enc and tokenizer == "gpt2":
+        try:
+            found = [fetch_hellaswag(enc), ""]
+        except (OSError, ValueError) as error:
+            found[1] = str(error).splitlines()[0]
     if world_size > 1:
-        dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    return (examples, "") if found else (None, why)
+        dist.broadcast_object_list(found)
+    return found
 
 
 def open_run(args, meta, rank):
@@ -1102,8 +1113,8 @@ def main():
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    if args.compile is None:
-        args.compile = device.type == "cuda"
+    if device.type == "cpu":
+        keep_freed_memory()
 
     # The model and the optimizers, new or as a checkpoint has them.
     torch.manual_seed(args.seed)
@@ -1119,6 +1130,12 @@ def main():
         scaler.load_state_dict(trainer["scaler"])
 
     # What wraps the model shares its weights; evaluation and sampling use raw_model.
+    notes = []  # what this run does without
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+    if args.compile and (why := try_compile(device)):
+        args.compile = False
+        notes.append(f"no torch.compile: {why}")
     windows_per_rank = args.total_batch_size // args.block_size // world_size
     if world_size > 1:
         backend, store = "nccl" if device.type == "cuda" else "gloo", None
@@ -1141,13 +1158,13 @@ def main():
     # What is about to run, everything resolved.
     flops_per_token = 6 * raw_model.num_params + 12 * args.n_layer * args.n_embd * args.block_size
     peak = matmul_peak(device, dtype)
-    enc, tokenizer, examples, notes = None, {}, None, []
+    enc, tokenizer, examples = None, {}, None
     try:
         enc, tokenizer = get_tokenizer(meta["tokenizer"]), tokenizer_files(meta["tokenizer"])
     except requests.RequestException:
         notes.append("no samples: GPT-2's vocabulary cannot be fetched; TIKTOKEN_CACHE_DIR can name a folder with it")
     if args.hellaswag_interval:
-        examples, why = open_hellaswag(enc, meta["tokenizer"], world_size, device)
+        examples, why = open_hellaswag(enc, meta["tokenizer"], rank, world_size)
         notes += [f"no HellaSwag: {why}"] if why else []
     if rank == 0:
         say(
@@ -1235,24 +1252,24 @@ def main():
                 group["lr"] = lr
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
         stop = caught or args.max_hours and time.monotonic() - started > 3600 * args.max_hours
-        totals = torch.stack((loss, norm, torch.tensor(float(bool(stop)), device=device))) / world_size
+        totals = torch.stack((loss, norm, torch.full_like(loss, bool(stop)))) / world_size
         if world_size > 1:
             dist.all_reduce(totals)  # all ranks agree on the loss, and on stopping
-        mean_loss, norm, stopping = totals.tolist()  # waits for the device
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        raw_model.zero_grad(set_to_none=True)
+        mean_loss, norm, stopping = totals.tolist()  # the one wait for the device in a step
+        dt = time.perf_counter() - start
         if not math.isfinite(mean_loss + norm):
             if not scaler.is_enabled():
                 if rank == 0 or not math.isfinite(loss.item()):
                     indices = [index for micro_step in micro_steps for index in windows_of(micro_step)]
                     places = [(train_windows.paths[shard], at) for shard, at in map(train_windows.locate, indices)]
                     warn(f"step {step}, rank {rank}: loss {loss.item()}, norm {norm} on (shard, offset) {places}")
-                sys.exit(1)  # before the weights change: the newest checkpoint is good
-            skipped_steps += 1  # float16 overflowed: the scaler skips this step and scales less
+                sys.exit(1)  # without saving: the newest checkpoint is good
+            skipped_steps += 1  # float16 overflowed: the scaler skipped this step and scales less
             log(step, skipped=skipped_steps)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-        scaler.update()
-        raw_model.zero_grad(set_to_none=True)
-        dt = time.perf_counter() - start
         tokens_per_second = args.total_batch_size / dt
         log(step, train=f"{mean_loss:.6f}", lr=f"{lr:.4e}", norm=f"{norm:.4f}", **{"tok/s": f"{tokens_per_second:.1f}"})
         if rank == 0 and step % args.log_interval == 0:

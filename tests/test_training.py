@@ -588,4 +588,14 @@ def test_evaluations_leave_a_compiled_model_as_it_is(hellaswag, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, compile=torch.compile: compile(model, backend=count))
     train_with_hellaswag("log", "--compile", "--eval_interval", 1, "--hellaswag_interval", 1)
     assert len(losses("log", "hella")) == 5
-    assert len(graphs) == 1
+    assert len(graphs) == 2  # try_compile's addition, and the model
+
+
+def test_training_goes_on_where_nothing_compiles_and_says_so_once(byte_shards, tmp_path):
+    nowhere = {"CXX": "no-such-compiler", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    line = command("train_gpt2", *TINY, "--data_dir", byte_shards, "--log_dir", tmp_path / "log", "--compile")
+    done = subprocess.run(line, env=os.environ | nowhere, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    (why,) = (line for line in done.stdout.splitlines() if "no torch.compile" in line)
+    assert "no-such-compiler" in why and "--compile False" in done.stdout
+    assert len(losses(tmp_path / "log")) == 5
