@@ -709,7 +709,7 @@ def matmul_peak(device, dtype):
 def try_compile(device):
     """Why torch.compile does not work on device, None if it does: it needs a C++ compiler, on GPUs Triton."""
     try:
-        torch.compile(torch.add)(torch.ones(1, device=device), 1)
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
     except Exception as error:  # its parts fail in many ways
         return " ".join(str(error).split("\n\n")[0].split())
 
@@ -1151,9 +1151,11 @@ def main():
             dist.all_reduce(fits, op=dist.ReduceOp.MIN)
         args.micro_batch_size = fits.item()
     grad_accum_steps = windows_per_rank // args.micro_batch_size
-    model = torch.compile(raw_model) if args.compile else raw_model
+    model = raw_model
     if world_size > 1:
         model = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    if args.compile:  # outside DDP: its graph is cut where a bucket of gradients is full, whose sum starts there
+        model = torch.compile(model)
 
     # What is about to run, everything resolved.
     flops_per_token = 6 * raw_model.num_params + 12 * args.n_layer * args.n_embd * args.block_size

@@ -91,7 +91,7 @@ def simulate_rank(monkeypatch, directory, log_dir, rank, world_size, micro_batch
 
     module.Windows, module.DDP = Recorder, Alone
     module.matmul_peak, module.sample = lambda *_: 1.0, lambda *_: []
-    for name in ("init_process_group", "all_reduce", "destroy_process_group", "barrier"):
+    for name in ("init_process_group", "all_reduce", "broadcast_object_list", "destroy_process_group"):
         monkeypatch.setattr(module.dist, name, lambda *_, **__: None)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(world_size))

@@ -242,8 +242,8 @@ def test_interrupted_between_any_two_steps(data, tmp_path):
 @posix
 def test_ctrl_c_is_one_line_and_the_run_continues(data, tmp_path):
     big = tmp_path / "big.parquet"
-    write_parquet(str(big), ["word " * 2000] * 1000)
-    flags = ["--tokenizer", "bytes", "--source", big, "--shard_size", 200_000, "--max_tokens", 8_000_000]
+    write_parquet(str(big), ["word " * 2000] * 5000)  # seconds of work: a busy machine signals late
+    flags = ["--tokenizer", "bytes", "--source", big, "--shard_size", 200_000, "--max_tokens", 40_000_000]
     settings = command(*flags, "--local_dir", tmp_path / "out", "--workers", 2)
     process = subprocess.Popen(**settings, stdout=-1, stderr=-1, start_new_session=True)
     while not list(tmp_path.glob("out/edufineweb_train_000002.npy")):
@@ -258,7 +258,7 @@ def test_ctrl_c_is_one_line_and_the_run_continues(data, tmp_path):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
     run(*flags, "--local_dir", tmp_path / "out", "--workers", 2)
-    assert len(read_shards(tmp_path / "out", 200_000)) == 8_000_000
+    assert len(read_shards(tmp_path / "out", 200_000)) == 40_000_000
 
 
 HALF = """

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -38,6 +37,14 @@ def train(data_dir, log_dir, *flags):
     done = call(module, *TINY, "--data_dir", data_dir, "--log_dir", log_dir, *flags)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def changed(folder, line):
+    """A copy of train_gpt2.py in folder that runs a line of code before main(): its path, for torchrun."""
+    (folder / "changed.py").write_text(
+        (ROOT / "train_gpt2.py").read_text().replace("\nif __name__", f"\n{line}\nif __name__")
+    )
+    return folder / "changed"
 
 
 def weights_file(log_dir, step=5):
@@ -140,7 +147,7 @@ def test_a_small_model_learns_the_text(byte_shards, tmp_path):
 # ---------------------------------------------------------------- accumulation and more processes
 @pytest.fixture(scope="module")
 def same_steps(byte_shards, tmp_path_factory):
-    """{name: log directory} of five same steps: at once, in four parts, and in two processes of two parts."""
+    """{name: log directory} of five same steps: at once, in four parts, and in two processes, plain and compiled."""
     root = tmp_path_factory.mktemp("same_steps")
     train(byte_shards, root / "at once", "--micro_batch_size", 8)
     train(byte_shards, root / "in four", "--micro_batch_size", 2)
@@ -148,10 +155,14 @@ def same_steps(byte_shards, tmp_path_factory):
     done = torchrun(2, "train_gpt2", *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step     0 | loss") == 1, "every process printed"
+    aot_eager = "torch.compile = lambda model, compile=torch.compile: compile(model, backend='aot_eager')"
+    script = changed(tmp_path_factory.mktemp("aot_eager"), aot_eager)  # as compiled, without the C++ compiler's minute
+    done = torchrun(2, script, *flags[:-1], root / "two compiled", "--compile")
+    assert done.returncode == 0 and "--compile True" in done.stdout, done.stderr
     return {path.name: path for path in root.iterdir()}
 
 
-@pytest.mark.parametrize("other", ["in four", "two processes"])
+@pytest.mark.parametrize("other", ["in four", "two processes", "two compiled"])
 def test_sharing_out_a_step_keeps_the_weights(same_steps, other):
     expected, found = (comparable_weights(same_steps[name]) for name in ("at once", other))
     assert expected.keys() == found.keys()
@@ -159,7 +170,7 @@ def test_sharing_out_a_step_keeps_the_weights(same_steps, other):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("other", ["in four", "two processes"])
+@pytest.mark.parametrize("other", ["in four", "two processes", "two compiled"])
 def test_sharing_out_a_step_keeps_the_logged_losses(same_steps, other):
     for kind, tolerance in (("train", 2e-6), ("val", 1.01e-4), ("norm", 1.01e-4)):
         expected, found = (losses(same_steps[name], kind) for name in ("at once", other))
@@ -538,25 +549,8 @@ def test_hellaswag_in_training_is_hellaswag_py_on_the_checkpoint(hellaswag):
 
 def test_hellaswag_shared_by_two_processes_is_that_of_one(hellaswag):
     train_with_hellaswag("one")
-    driver = """import importlib.util, sys
-sys.argv = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("train_gpt2", sys.argv[0])
-train_gpt2 = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train_gpt2)
-train_gpt2.HELLASWAG_SIZE = 37
-train_gpt2.main()"""
-    (hellaswag / "driver.py").write_text(driver)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py"]
-    line += [
-        *command("train_gpt2", *GPT2_TOKENS)[1:],
-        "--micro_batch_size",
-        "4",
-        "--data_dir",
-        "data",
-        "--log_dir",
-        "two",
-    ]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    flags = [*GPT2_TOKENS, "--micro_batch_size", 4, "--data_dir", "data", "--log_dir", "two"]
+    done = torchrun(2, changed(hellaswag, "HELLASWAG_SIZE = 37"), *flags)
     assert done.returncode == 0, done.stderr
     assert losses("two", "hella") == losses("one", "hella")
 
