@@ -343,30 +343,24 @@ def load_model(name, device, dtype):
 
     name is a model's directory, a run's, whose newest checkpoint counts, or else a name on the Hugging Face hub.
     """
-    if name == "log" and not os.path.isdir(name):
-        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
-    path = name
-    if os.path.exists(name) and not os.path.isdir(name) or name[:1] in "./" and not os.path.isdir(name):
-        fail(f"--model {name} is no directory: name a directory that holds config.json and model.safetensors")
+    path, remedy = name, "name a directory that holds config.json and model.safetensors"
     if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
         steps = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
         if not steps:
             found = ", ".join(sorted(os.listdir(name))[:5]) or "nothing"
-            fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: name a GPT-2 or a run of one")
+            fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: {remedy}, or a run")
         path = f"{name}/{max(steps, key=lambda entry: int(entry[5:]))}"
+    elif name == "log" and not os.path.isdir(name):
+        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
     try:
         model = GPT(path, device, dtype)
     except (OSError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        if os.path.isdir(path):
-            fail(f"--model {name}: {why}")
-        where = f"no directory, and not to be had from the Hugging Face hub ({why})"
-        fail(f"--model {name} is {where}: name a directory that holds config.json and model.safetensors")
-    vocab_size = model.config["vocab_size"]
-    tokenizer = model.config.get("tokenizer", {50257: "gpt2", 257: "bytes"}.get(vocab_size))
-    if (tokenizer, vocab_size) not in [("gpt2", 50257), ("bytes", 257)]:
-        known = "gpt2 with 50257 and bytes with 257 are known"
-        fail(f"--model {name} has {vocab_size} tokens, by its config.json of tokenizer {tokenizer!r}: {known}")
+        where = "" if os.path.isdir(path) else " is no directory, and not to be had from the Hugging Face hub"
+        fail(f"--model {name}{where}: {str(error).splitlines()[0]}: {remedy}")
+    vocab_size, known = model.config["vocab_size"], {50257: "gpt2", 257: "bytes"}
+    tokenizer = model.config.get("tokenizer", known.get(vocab_size))
+    if vocab_size not in known or tokenizer != known[vocab_size]:
+        fail(f"--model {name} has {vocab_size} tokens of the tokenizer {tokenizer!r}, which is not one of {known}")
     try:
         return model, get_tokenizer(tokenizer), path
     except requests.RequestException as error:
