@@ -508,15 +508,12 @@ def read_hellaswag(path, enc, size=None):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                example = json.loads(line)
-                ind, label, context, endings = (example[name] for name in ("ind", "label", "ctx", "endings"))
-                if type(label) is not int or label not in range(4):
-                    raise ValueError(f"its label is {label!r}, not 0, 1, 2 or 3")
-                if type(endings) is not list or [*map(type, [context, *endings])] != 5 * [str] or not context:
-                    raise ValueError("its ctx and endings are not a text that is not empty and a list of four texts")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                what = f"it has no {error}" if isinstance(error, KeyError) else error
-                raise ValueError(f"line {number} of {path} is no HellaSwag example: {what}") from None
+                ind, label, context, endings = map(dict(json.loads(line)).get, ("ind", "label", "ctx", "endings"))
+                types = [type(label), type(context), type(endings), *map(type, endings)]
+                if types != [int, str, list, str, str, str, str] or label not in range(4) or not context:
+                    raise ValueError(f"its 'label' must be 0 to 3, not {label!r}, its 'ctx' a text, its 'endings' four")
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"line {number} of {path} is no HellaSwag example: {error}") from None
             endings = [enc.encode_ordinary(f" {ending}") for ending in endings]
             examples.append((ind, label, enc.encode_ordinary(context), endings))
     if not examples or size and len(examples) != size:
@@ -533,15 +530,13 @@ def fetch_hellaswag(enc):
     if os.path.exists(HELLASWAG_PATH):
         return read_hellaswag(HELLASWAG_PATH, enc, HELLASWAG_SIZE)
     temporary = f"{HELLASWAG_PATH}.{os.getpid()}.tmp"
-    headers = {"Accept-Encoding": "identity"}  # not compressed, so that Content-Length is the file's
     try:
-        with requests.get(HELLASWAG_URL, headers=headers, stream=True, timeout=30) as response:
+        with requests.get(HELLASWAG_URL, stream=True, timeout=30) as response:
             response.raise_for_status()
             os.makedirs(os.path.dirname(HELLASWAG_PATH), exist_ok=True)
-            length = int(response.headers.get("Content-Length", 0)) or None
-            with open(temporary, "wb") as file, tqdm(total=length, unit="B", unit_scale=True, disable=None) as bar:
-                for chunk in response.iter_content(2**20):
-                    bar.update(file.write(chunk))
+            with open(temporary, "wb") as file:
+                for chunk in tqdm(response.iter_content(2**20), unit="MiB", disable=None):
+                    file.write(chunk)
         examples = read_hellaswag(temporary, enc, HELLASWAG_SIZE)
         os.replace(temporary, HELLASWAG_PATH)
         return examples
