@@ -72,12 +72,8 @@ PRESETS = {
 
 # ---------------------------------------------------------------------------------------- model
 # --- copied block: read_pretrained ---
-ACTIVATIONS = {  # by Hugging Face's names, GPT-2's first
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
+# By Hugging Face's names, GPT-2's first.
+ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face stores these transposed: (in, out)
 
 
