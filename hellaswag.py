@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 from contextlib import suppress
+from itertools import chain, pairwise
 
 import numpy as np
 import requests
@@ -202,7 +203,7 @@ def fetch_hellaswag(enc):
     """read_hellaswag of the validation set, after downloading it to HELLASWAG_PATH if it is not there.
 
     The file gets there when it is whole, which its number of examples tells: there is no published checksum.
-    Raises requests.RequestException where it cannot be fetched, else as read_hellaswag does.
+    Raises as read_hellaswag does, and ValueError where it cannot be fetched.
     """
     if os.path.exists(HELLASWAG_PATH):
         return read_hellaswag(HELLASWAG_PATH, enc, HELLASWAG_SIZE)
@@ -217,8 +218,8 @@ def fetch_hellaswag(enc):
         examples = read_hellaswag(temporary, enc, HELLASWAG_SIZE)
         os.replace(temporary, HELLASWAG_PATH)
         return examples
-    except ValueError as error:
-        raise ValueError(f"{HELLASWAG_URL} came damaged ({error})") from None
+    except (requests.RequestException, ValueError) as error:
+        raise ValueError(f"{HELLASWAG_URL} cannot be fetched, or came damaged ({error})") from None
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
@@ -226,55 +227,49 @@ def fetch_hellaswag(enc):
 
 # --- end of copied block: read_hellaswag ---
 # --------------------------------------------------------------------------------------- scores
-def share_context(context, endings, block_size):
-    """The rows that score an example: a list of (context, {number of an ending: its ids}).
+def make_rows(examples, block_size):
+    """The rows that score examples, the longest first: (length, number of the example, context, endings).
 
-    One row for all endings, unless context and ending are longer than block_size: of these the last block_size
-    ids stay, so that the ending has a context of its own.
+    endings, {number: ids}, are all four of an example, unless with the context one is longer than block_size: of
+    these the last block_size ids stay, so that the ending has a context, and a row, of its own.
     """
-    rows = {}
-    for number, ending in enumerate(endings):
-        ids = (context + ending)[-block_size:]
-        n = max(1, len(ids) - len(ending))  # nothing predicts the first id, be it of the context or of an ending
-        rows.setdefault(tuple(ids[:n]), {})[number] = ids[n:]
-    return list(rows.items())
+    rows = []
+    for i, (_, _, context, endings) in enumerate(examples):
+        endings_of = {}  # by context
+        for number, ending in enumerate(endings):
+            ids = (context + ending)[-block_size:]
+            n = max(1, len(ids) - len(ending))  # nothing predicts the first id, be it of the context or of an ending
+            endings_of.setdefault(tuple(ids[:n]), {})[number] = ids[n:]
+        for ids, parts in endings_of.items():
+            length = len(ids) + sum(len(part) - 1 for part in parts.values())  # without last ids: nothing answers them
+            rows.append((-(-length // 8) * 8, i, ids, parts))  # a multiple of 8 for GPUs
+    return sorted(rows, key=lambda row: -row[0])
 
 
-def row_length(row):
-    """The tokens of a row, each ending without its last, to which nothing answers; up to a multiple of 8 for GPUs."""
-    context, endings = row
-    return -(-(len(context) + sum(len(ending) - 1 for ending in endings.values())) // 8) * 8
+@torch.no_grad()
+def score_rows(model, rows, device):
+    """The losses of B rows in nats, (B, T, 4) on the device: of what comes next in each ending, 0 where nothing does.
 
-
-def make_batch(rows):
-    """int64 arrays of B rows, padded to the longest: idx, pos and branch, each (B, T), and targets (B, T, 4).
-
-    pos goes on behind the context with every ending. branch is 0 in the context, 1 to 4 in an ending, 5 in the
-    padding. targets holds what comes next in each of the endings, -1 where that is none of it.
+    All endings of a row stand behind its context, at the same positions, each seeing it and itself alone.
     """
-    B, T = len(rows), max(map(row_length, rows))
-    idx, pos, branch, targets = *np.zeros((2, B, T), int), np.full((B, T), 5), np.full((B, T, 4), -1)
-    for b, (context, endings) in enumerate(rows):
+    B, T = len(rows), rows[0][0]
+    idx, pos = np.zeros((2, B, T), int)
+    branch = np.full((B, T), 5)  # 0 in the context, 1 to 4 in an ending, 5 in the padding
+    targets = np.full((B, T, 4), -1)  # what comes next in each of the endings, -1 where that is none of it
+    for b, (_, _, context, endings) in enumerate(rows):
         n = end = len(context)
         idx[b, :n], pos[b, :n], branch[b, :n] = context, range(n), 0
         for number, ending in endings.items():
             here = slice(end, end := end + len(ending) - 1)
             idx[b, here], pos[b, here], branch[b, here] = ending[:-1], range(n, n + len(ending) - 1), number + 1
             targets[b, n - 1, number], targets[b, here, number] = ending[0], ending[1:]
-    return idx, pos, branch, targets
-
-
-@torch.no_grad()
-def score_rows(model, rows, device):
-    """The losses of rows in nats, (B, T, 4) on the device: of what comes next in each ending, 0 where nothing does."""
-    idx, pos, branch, targets = (torch.from_numpy(array) for array in make_batch(rows))
-    scored = (targets >= 0).any(-1).flatten().nonzero()[:, 0]  # (N,), the places from which an ending goes on
-    targets = targets.flatten(0, 1)[scored].to(device)  # (N, 4)
-    idx, pos, branch, scored = (tensor.to(device) for tensor in (idx, pos, branch, scored))
+    scored = (targets >= 0).any(-1).ravel().nonzero()[0]  # (N,), the places from which an ending goes on
+    targets = targets.reshape(-1, 4)[scored]  # (N, 4)
+    idx, pos, branch, scored, targets = (torch.from_numpy(x).to(device) for x in (idx, pos, branch, scored, targets))
     query, key = branch[:, :, None], branch[:, None, :]
     mask = ((key == 0) | (key == query)).tril()  # (B, T, T): all see the context and their own branch, to their left
     hidden = model.hidden(idx, pos, mask[:, None]).flatten(0, 1)[scored]  # (N, C)
-    losses = torch.zeros(*branch.shape, 4, device=device)  # (B, T, 4)
+    losses = torch.zeros(B, T, 4, device=device)
     for at, h, target in zip(scored.split(1024), hidden.split(1024), targets.split(1024), strict=True):
         log_probs = F.log_softmax(model.logits(h), dim=-1, dtype=torch.float32)  # 1024 of GPT-2's: 206 MB
         losses.view(-1, 4)[at] = -log_probs.gather(-1, target.clamp(min=0)).where(target >= 0, 0.0)
@@ -285,28 +280,23 @@ def score_hellaswag(model, examples, block_size, batch_tokens, device):
     """Yield (number, summed losses, mean losses) of the examples, two lists of 4 in nats, the longest example first.
 
     examples are read_hellaswag's; model.hidden(idx, pos, mask) and model.logits(hidden) are all that is used of
-    model. The four endings stand behind one copy of their context, each seeing it and itself alone, and such
-    rows make batches of equal length, of at most batch_tokens (or one example).
+    model. Rows of about equal length make batches of at most batch_tokens (or one row).
     """
-    todo = [(i, share_context(*example[2:], block_size)) for i, example in enumerate(examples)]
-    todo.sort(key=lambda entry: -max(map(row_length, entry[1])))
-    batches, T = [], 0
-    for i, rows in todo:
-        if not batches or (len(batches[-1]) + len(rows)) * T > batch_tokens:
+    batches = []
+    for row in make_rows(examples, block_size):
+        if not batches or (len(batches[-1]) + 1) * batches[-1][0][0] > batch_tokens:
             batches.append([])
-            T = max(map(row_length, rows))
-        batches[-1] += [(i, row) for row in rows]
-    running = None  # a batch is read when the next one is under way, so that a GPU never waits
-    for batch in [*batches, None]:
-        ready, running = running, batch and (batch, score_rows(model, [row for _, row in batch], device))
-        if ready is None:
-            continue
-        scores, losses_of_rows = {}, ready[1].cpu().double().sum(1).tolist()  # (B, T, 4) -> (B, 4)
-        for (i, (_, endings)), losses in zip(ready[0], losses_of_rows, strict=True):
-            sums, means = scores.setdefault(i, ([0.0] * 4, [0.0] * 4))
+        batches[-1].append(row)
+    sums, means = ([[None] * 4 for _ in examples] for _ in range(2))
+    results = ((batch, score_rows(model, batch, device)) for batch in batches)
+    # A batch is read when the next one is under way, so that a GPU never waits.
+    for (batch, losses), _ in pairwise(chain(results, [None])):
+        losses = losses.cpu().double().sum(1).tolist()  # (B, T, 4) -> (B, 4)
+        for (_, i, _, endings), row in zip(batch, losses, strict=True):
             for number, ending in endings.items():
-                sums[number], means[number] = losses[number], losses[number] / len(ending)
-        yield from ((i, *score) for i, score in scores.items())
+                sums[i][number], means[i][number] = row[number], row[number] / len(ending)
+            if None not in sums[i]:
+                yield i, sums[i], means[i]
 
 
 # --------------------------------------------------------------------------------- command line
@@ -360,8 +350,8 @@ def load_model(name, device, dtype):
 
 
 # --- end of copied block: load_model ---
-def parse_args():
-    """The flags; exits at one that cannot be."""
+def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
     add = parser.add_argument
@@ -371,25 +361,14 @@ def parse_args():
     add("--output", metavar="FILE", help="JSON file for the losses and predictions (none)")
     add("--batch_tokens", type=int, metavar="N", help="tokens a batch, padding included (2048 on a CPU, else 65536)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (auto)")
-    add(
-        "--dtype", choices=list(DTYPES), help="of weights and activations (bfloat16 on GPUs that have it, else float32)"
-    )
+    add("--dtype", choices=list(DTYPES), help="of weights and activations (bfloat16 on GPUs that have it, or float32)")
     args = parser.parse_args()
     for name in ("limit", "batch_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} is {getattr(args, name)}: it must be above 0")
-    if args.output and (
-        os.path.exists(args.output)
-        and not os.path.isfile(args.output)
-        or not os.path.isdir(os.path.dirname(args.output) or ".")
-    ):
+    is_new = args.output and not os.path.isfile(args.output)
+    if is_new and (os.path.exists(args.output) or not os.path.isdir(os.path.dirname(args.output) or ".")):
         fail(f"--output {args.output} cannot be written: name a file in a directory that exists")
-    return args
-
-
-def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
-    args = parse_args()
     device = pick_device(args.device)
     if args.dtype is None:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -398,41 +377,40 @@ def main():
     model, enc, name = load_model(args.model, device, DTYPES[args.dtype])
     try:
         examples = (read_hellaswag(args.data, enc) if args.data else fetch_hellaswag(enc))[: args.limit]
-    except requests.RequestException as error:
-        fail(f"cannot fetch {HELLASWAG_URL} ({type(error).__name__}): get it elsewhere and name it with --data")
     except (OSError, ValueError) as error:
         fail(f"{error}: name another file with --data")
 
-    block_size, n, right, right_norm = model.config["n_positions"], len(examples), 0, 0
+    block_size, n, right, right_norm, predictions = model.config["n_positions"], len(examples), 0, 0, {}
     cut = sum(len(context) + max(map(len, endings)) > block_size for _, _, context, endings in examples)
     if cut:
         print(f"{cut} of {n} examples are longer than {block_size} tokens: their contexts lose their beginnings")
     batch_tokens = args.batch_tokens or (2048 if device.type == "cpu" else 65536)
-    predictions = [{}] * n
-    with tqdm(total=n, unit="examples", disable=None) as bar:
-        for done, (i, sums, means) in enumerate(score_hellaswag(model, examples, block_size, batch_tokens, device), 1):
-            ind, label, *_ = examples[i]
-            if not math.isfinite(sum(sums)):
-                fail(f"the losses of example {ind} are {sums}: --model {name} is broken, or try --dtype float32")
-            pred, pred_norm = sums.index(min(sums)), means.index(min(means))
-            right, right_norm = right + (pred == label), right_norm + (pred_norm == label)
-            losses = {"losses": sums, "mean_losses": means}
-            predictions[i] = {"ind": ind, "label": label, "pred": pred, "pred_norm": pred_norm} | losses
-            bar.set_postfix_str(f"acc_norm: {right_norm / done:.4f}", refresh=False)
-            bar.update()
+    scores = score_hellaswag(model, examples, block_size, batch_tokens, device)
+    bar = tqdm(scores, total=n, unit="examples", disable=None)
+    for i, sums, means in bar:
+        ind, label, *_ = examples[i]
+        if not math.isfinite(sum(sums)):
+            fail(f"the losses of example {ind} are {sums}: --model {name} is broken, or try --dtype float32")
+        pred, pred_norm = sums.index(min(sums)), means.index(min(means))
+        right, right_norm = right + (pred == label), right_norm + (pred_norm == label)
+        predictions[i] = {"ind": ind, "label": label, "pred": pred, "pred_norm": pred_norm}
+        predictions[i] |= {"losses": sums, "mean_losses": means}
+        bar.set_postfix_str(f"acc_norm: {right_norm / len(predictions):.4f}", refresh=False)
     if args.output:
-        result = {"model": name, "n": n, "acc": right / n, "acc_norm": right_norm / n, "predictions": predictions}
-        try:
-            with open(f"{args.output}.tmp", "w", encoding="utf-8") as file:
-                json.dump(result, file)
-            os.replace(f"{args.output}.tmp", args.output)
-        except OSError as error:
-            fail(f"--output {args.output} cannot be written ({error.strerror}): name another file")
+        result = {"model": name, "n": n, "acc": right / n, "acc_norm": right_norm / n}
+        result["predictions"] = [predictions[i] for i in range(n)]
+        with open(f"{args.output}.tmp", "w", encoding="utf-8") as file:
+            json.dump(result, file)
+        os.replace(f"{args.output}.tmp", args.output)
     print(f"{n} acc: {right / n:.4f} acc_norm: {right_norm / n:.4f}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # the reader has enough
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, head say, has enough
         os._exit(0)
+    except OSError as error:  # a full disk, say, under --output or standard output
+        print(f"error: {error}", file=sys.stderr)
+        os._exit(1)

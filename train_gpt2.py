@@ -521,7 +521,7 @@ def fetch_hellaswag(enc):
     """read_hellaswag of the validation set, after downloading it to HELLASWAG_PATH if it is not there.
 
     The file gets there when it is whole, which its number of examples tells: there is no published checksum.
-    Raises requests.RequestException where it cannot be fetched, else as read_hellaswag does.
+    Raises as read_hellaswag does, and ValueError where it cannot be fetched.
     """
     if os.path.exists(HELLASWAG_PATH):
         return read_hellaswag(HELLASWAG_PATH, enc, HELLASWAG_SIZE)
@@ -536,8 +536,8 @@ def fetch_hellaswag(enc):
         examples = read_hellaswag(temporary, enc, HELLASWAG_SIZE)
         os.replace(temporary, HELLASWAG_PATH)
         return examples
-    except ValueError as error:
-        raise ValueError(f"{HELLASWAG_URL} came damaged ({error})") from None
+    except (requests.RequestException, ValueError) as error:
+        raise ValueError(f"{HELLASWAG_URL} cannot be fetched, or came damaged ({error})") from None
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
