@@ -367,5 +367,9 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for what it lacks
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader, head say, has enough
         os._exit(0)
+    except OSError as error:  # a full disk, say, under standard output
+        print(f"error: {error}", file=sys.stderr)
+        os._exit(1)
