@@ -21,17 +21,17 @@ from itertools import cycle
 
 import numpy as np
 
-LABELS = {
-    "loss": "loss (nats per token)",
+LABELS = {  # of panels, by what they show; val stands in train's
+    "train": "loss (nats per token)",
     "hella": "HellaSwag accuracy",
     "lr": "learning rate",
     "norm": "gradient norm",
     "tok/s": "tokens/s",
 }
-# (kind, model of OpenAI's, value, line): the loss is that on build-nanogpt's validation shard of FineWeb-Edu; endings
+# (panel, model of OpenAI's, value, line): the loss is that on build-nanogpt's validation shard of FineWeb-Edu; endings
 # are chosen by likelihood a token; GPT-3's figure is table H.1 of "Language Models are Few-Shot Learners" (2020).
 REFERENCES = [
-    ("loss", "GPT-2 124M", 3.2924, "--"),
+    ("train", "GPT-2 124M", 3.2924, "--"),
     ("hella", "GPT-3 124M", 0.337, ":"),
     ("hella", "GPT-2 124M", 0.2955, "--"),
 ]
@@ -52,8 +52,8 @@ def fail(message):
 def read_run(log_dir):
     """The figures in log.txt, {kind: (steps (N,), values (N,))}, and the flags in run.json, {} if none can be read.
 
-    Lines that are no "step kind value" are skipped and counted on stderr, values that are not finite, or too large
-    for an axis, left out; of two for a step the later one holds.
+    Lines that are no "step kind value" are skipped and counted on stderr; other kinds, and values that are not finite
+    or too large for an axis, are left out; of two for a step the later one holds.
     """
     found, wrong = {}, []
     with open(f"{log_dir}/log.txt", encoding="utf-8", errors="replace") as file:
@@ -61,8 +61,8 @@ def read_run(log_dir):
     for number, line in enumerate(lines, 1):
         try:
             step, kind, value = line.split()
-            if abs(float(value)) < 1e30:
-                found.setdefault("loss" if kind == "train" else kind, {})[int(step)] = float(value)
+            if kind in {*LABELS, "val"} and abs(float(value)) < 1e30:
+                found.setdefault(kind, {})[int(step)] = float(value)
         except ValueError:
             wrong.append(number)
     if wrong:
@@ -94,7 +94,7 @@ def draw(log_dirs, path, tokens_per_step=None, reference=None):
 
     logs, flags = zip(*map(read_run, log_dirs), strict=True)
     kinds = {kind for log in logs for kind in log}
-    if not kinds & {*LABELS, "val"}:
+    if not kinds:
         raise ValueError(f"{log_dirs[0]}/log.txt has nothing to draw yet")
     names = [os.path.basename(os.path.abspath(one)) for one in log_dirs]
     names = [name.replace("$", r"\$") for name in (names if len(set(names)) == len(names) else log_dirs)]
@@ -109,7 +109,7 @@ def draw(log_dirs, path, tokens_per_step=None, reference=None):
         unit, x_label = (1e9, "tokens (billions)") if most >= 1e9 else (1e6, "tokens (millions)")
 
     below = [kind for kind in ("lr", "norm", "tok/s") if kind in kinds]
-    rows = [["loss"] * 4 + ["hella"] * 2 if "hella" in kinds else ["loss"] * 6]
+    rows = [["train"] * 4 + ["hella"] * 2 if "hella" in kinds else ["train"] * 6]
     rows += [[kind for kind in below for _ in range(6 // len(below))]] if below else []
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 7), dpi=160, layout="constrained")  # inches
@@ -118,10 +118,8 @@ def draw(log_dirs, path, tokens_per_step=None, reference=None):
         late = []  # losses after the first twentieth of their run: the fall before would flatten all the rest
         for log, name, size, color in zip(logs, names, sizes, cycle(COLORS), strict=False):
             for kind, (x, y) in log.items():
-                axes = panels.get("loss" if kind == "val" else kind)
-                if not axes:
-                    continue
-                if axes is panels["loss"]:
+                axes = panels["train" if kind == "val" else kind]
+                if kind in ("train", "val"):
                     late.extend(y[x >= x[-1] / 20])
                 if kind == "val":
                     name = f"{name}: val loss {y[-1]:.4f}"
@@ -132,25 +130,25 @@ def draw(log_dirs, path, tokens_per_step=None, reference=None):
                     axes.plot(x, y, color=color, lw=0.6, alpha=0.35)
                     mean = y if kind == "lr" else smooth(y)
                     axes.plot(x, mean, color=color, lw=1.8, marker="o" if len(x) < 20 else None)
-            panels["loss"].plot([], [], color=color, lw=4, label=name)
-        panels["loss"].plot([], [], color="#555555", lw=1.8, label="train")
-        panels["loss"].plot([], [], "o", color="#555555", label="validation")
+            panels["train"].plot([], [], color=color, lw=4, label=name)
+        panels["train"].plot([], [], color="#555555", lw=1.8, label="train")
+        panels["train"].plot([], [], "o", color="#555555", label="validation")
         for kind, model, value, line in REFERENCES if reference else []:
             if kind in panels:
                 panels[kind].axhline(value, color="#555555", lw=1.2, ls=line, label=f"{model}: {value}")
-                late.extend([value] if kind == "loss" else [])
+                late.extend([value] if kind == "train" else [])
         for kind, axes in panels.items():
             axes.set_ylabel(LABELS[kind])
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="upper right" if kind == "loss" else "lower right")
+                axes.legend(loc="upper right" if kind == "train" else "lower right")
         if late:
             margin = 0.05 * (max(late) - min(late)) or 0.1
-            panels["loss"].set_ylim(min(late) - margin, max(late) + margin)
+            panels["train"].set_ylim(min(late) - margin, max(late) + margin)
         if "norm" in panels:
             panels["norm"].set_yscale("log", subs=[2, 5])
             panels["norm"].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
         if "tok/s" in panels:
-            panels["tok/s"].set_ylim(bottom=0)
+            panels["tok/s"].set_ylim(0, 1.05 * panels["tok/s"].get_ylim()[1])
             panels["tok/s"].yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         temporary = f"{path}.{os.getpid()}.tmp"
         try:
