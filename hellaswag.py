@@ -396,13 +396,13 @@ def main():
         predictions[i] = {"ind": ind, "label": label, "pred": pred, "pred_norm": pred_norm}
         predictions[i] |= {"losses": sums, "mean_losses": means}
         bar.set_postfix_str(f"acc_norm: {right_norm / len(predictions):.4f}", refresh=False)
+    print(f"{n} acc: {right / n:.4f} acc_norm: {right_norm / n:.4f}", flush=True)  # whatever becomes of --output
     if args.output:
         result = {"model": name, "n": n, "acc": right / n, "acc_norm": right_norm / n}
         result["predictions"] = [predictions[i] for i in range(n)]
         with open(f"{args.output}.tmp", "w", encoding="utf-8") as file:
             json.dump(result, file)
         os.replace(f"{args.output}.tmp", args.output)
-    print(f"{n} acc: {right / n:.4f} acc_norm: {right_norm / n:.4f}")
 
 
 if __name__ == "__main__":
