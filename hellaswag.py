@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 from contextlib import suppress
+from itertools import chain, pairwise
 
 import numpy as np
 import requests
@@ -37,19 +38,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # ---------------------------------------------------------------------------------------- model
 # --- copied block: read_pretrained ---
-ACTIVATIONS = {  # by Hugging Face's names; gelu_new is GPT-2's
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
+# By Hugging Face's names, GPT-2's first.
+ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face stores these transposed: (in, out)
 
 
 def read_pretrained(directory_or_name):
     """The (config, tensors by name) of a GPT-2 in a directory, ours or Hugging Face's, or of a name on its hub.
 
-    config is config.json's object with GPT-2's defaults for what it leaves out, tensors are as the file holds
+    config is config.json's object with GPT-2's values for what it leaves out, tensors are as the file holds
     them, without their prefix "transformer.". Raises ValueError, in one line, where there is no GPT-2 that
     these scripts can compute, and OSError where a name cannot be fetched.
     """
@@ -58,55 +55,42 @@ def read_pretrained(directory_or_name):
         from huggingface_hub import snapshot_download
 
         directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
-    defaults = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "n_inner": None}
-    defaults |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    numbers = dict(vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768, layer_norm_epsilon=1e-5)
+    choices = {"model_type": ["gpt2"], "activation_function": list(ACTIVATIONS), "tie_word_embeddings": [True]}
+    choices |= {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
+    config = numbers | {name: values[0] for name, values in choices.items()} | {"n_inner": None}
     try:
         with open(f"{directory}/config.json", encoding="utf-8") as file:
-            config = defaults | dict(json.load(file))
-        if config.get("model_type") != "gpt2":
-            raise ValueError(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
-        unlike = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-        unlike = [name for name, value in unlike.items() if config.get(name, value) != value]
-        if config["activation_function"] not in ACTIVATIONS or unlike:
-            what = unlike[0] if unlike else "activation_function"
-            raise ValueError(f"its {what} is {config[what]!r}, which GPT-2 does not have")
-        sizes = {name: config[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")}
-        V, C, n_inner = config["vocab_size"], config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
-        for name, value in (sizes | {"n_inner": n_inner}).items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"its {name} is {value!r}, not a whole number above 0")
-        if C % config["n_head"]:
-            raise ValueError(f"its n_embd {C} is not divisible by its n_head {config['n_head']}")
-        epsilon = config["layer_norm_epsilon"]
-        if type(epsilon) is not float or not 0 < epsilon < 1:
-            raise ValueError(f"its layer_norm_epsilon is {epsilon!r}, not a number between 0 and 1")
-        if not os.path.exists(f"{directory}/model.safetensors"):
-            raise ValueError("it has no model.safetensors: transformers' save_pretrained writes one, in one file")
+            config |= json.load(file)
+        for name, values in choices.items():
+            if config[name] not in values:
+                raise ValueError(f"its {name} is {config[name]!r}, and not one of {values}")
+        for name, value in numbers.items():
+            if type(config[name]) is not type(value) or config[name] <= 0:
+                raise ValueError(f"its {name} is {config[name]!r}, and no number like {value}")
+        n_layer, n_head, C = config["n_layer"], config["n_head"], config["n_embd"]
+        if C % n_head:
+            raise ValueError(f"its n_embd {C} is not divisible by its n_head {n_head}")
         tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
-        n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
-        if n_layer != config["n_layer"]:
-            raise ValueError(f"it has {n_layer} blocks, its n_layer is {config['n_layer']}")
-        if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
-            raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
-        shapes = {"wte.weight": (V, C), "wpe.weight": (config["n_positions"], C)}
-        linears = {
-            "attn.c_attn": (C, 3 * C),
-            "attn.c_proj": (C, C),
-            "mlp.c_fc": (C, n_inner),
-            "mlp.c_proj": (n_inner, C),
-        }
-        for i in range(config["n_layer"]):
-            for name, shape in linears.items():
-                shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
-        norms = [f"h.{i}.{name}" for i in range(config["n_layer"]) for name in ("ln_1", "ln_2")] + ["ln_f"]
-        shapes |= {f"{name}.{part}": (C,) for name in norms for part in ("weight", "bias")}
+        blocks = {name.split(".")[1] for name in tensors if name.startswith("h.")}
+        if len(blocks) != n_layer:
+            raise ValueError(f"it has {len(blocks)} blocks, its n_layer is {n_layer}")
+        n_inner = config["n_inner"] or 4 * C
+        block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
+        block |= {"ln_2": (C,), "mlp.c_fc": (C, n_inner), "mlp.c_proj": (n_inner, C)}
+        layers = {f"h.{i}.{name}": shape for i in range(n_layer) for name, shape in block.items()} | {"ln_f": (C,)}
+        shapes = {"wte.weight": (config["vocab_size"], C), "wpe.weight": (config["n_positions"], C)}
+        for name, shape in layers.items():
+            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
         for name, shape in shapes.items():
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             if found != shape:
                 raise ValueError(f"{name} is {found}, config.json asks for {shape}")
             if not tensors[name].is_floating_point():
                 raise ValueError(f"{name} holds {tensors[name].dtype}, not floating-point numbers")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
+        if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
+            raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"{directory} holds no GPT-2: {error}") from None
     return config, {name: tensors[name] for name in shapes}
 
@@ -202,15 +186,12 @@ def read_hellaswag(path, enc, size=None):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                example = json.loads(line)
-                ind, label, context, endings = (example[name] for name in ("ind", "label", "ctx", "endings"))
-                if type(label) is not int or label not in range(4):
-                    raise ValueError(f"its label is {label!r}, not 0, 1, 2 or 3")
-                if type(endings) is not list or [*map(type, [context, *endings])] != 5 * [str] or not context:
-                    raise ValueError("its ctx and endings are not a text that is not empty and a list of four texts")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                what = f"it has no {error}" if isinstance(error, KeyError) else error
-                raise ValueError(f"line {number} of {path} is no HellaSwag example: {what}") from None
+                ind, label, context, endings = map(dict(json.loads(line)).get, ("ind", "label", "ctx", "endings"))
+                types = [type(label), type(context), type(endings), *map(type, endings)]
+                if types != [int, str, list, str, str, str, str] or label not in range(4) or not context:
+                    raise ValueError(f"its 'label' must be 0 to 3, not {label!r}, its 'ctx' a text, its 'endings' four")
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"line {number} of {path} is no HellaSwag example: {error}") from None
             endings = [enc.encode_ordinary(f" {ending}") for ending in endings]
             examples.append((ind, label, enc.encode_ordinary(context), endings))
     if not examples or size and len(examples) != size:
@@ -222,25 +203,23 @@ def fetch_hellaswag(enc):
     """read_hellaswag of the validation set, after downloading it to HELLASWAG_PATH if it is not there.
 
     The file gets there when it is whole, which its number of examples tells: there is no published checksum.
-    Raises requests.RequestException where it cannot be fetched, else as read_hellaswag does.
+    Raises as read_hellaswag does, and ValueError where it cannot be fetched.
     """
     if os.path.exists(HELLASWAG_PATH):
         return read_hellaswag(HELLASWAG_PATH, enc, HELLASWAG_SIZE)
     temporary = f"{HELLASWAG_PATH}.{os.getpid()}.tmp"
-    headers = {"Accept-Encoding": "identity"}  # not compressed, so that Content-Length is the file's
     try:
-        with requests.get(HELLASWAG_URL, headers=headers, stream=True, timeout=30) as response:
+        with requests.get(HELLASWAG_URL, stream=True, timeout=30) as response:
             response.raise_for_status()
             os.makedirs(os.path.dirname(HELLASWAG_PATH), exist_ok=True)
-            length = int(response.headers.get("Content-Length", 0)) or None
-            with open(temporary, "wb") as file, tqdm(total=length, unit="B", unit_scale=True, disable=None) as bar:
-                for chunk in response.iter_content(2**20):
-                    bar.update(file.write(chunk))
+            with open(temporary, "wb") as file:
+                for chunk in tqdm(response.iter_content(2**20), unit="MiB", disable=None):
+                    file.write(chunk)
         examples = read_hellaswag(temporary, enc, HELLASWAG_SIZE)
         os.replace(temporary, HELLASWAG_PATH)
         return examples
-    except ValueError as error:
-        raise ValueError(f"{HELLASWAG_URL} came damaged ({error})") from None
+    except (requests.RequestException, ValueError) as error:
+        raise ValueError(f"{HELLASWAG_URL} cannot be fetched, or came damaged ({error})") from None
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
@@ -248,55 +227,49 @@ def fetch_hellaswag(enc):
 
 # --- end of copied block: read_hellaswag ---
 # --------------------------------------------------------------------------------------- scores
-def share_context(context, endings, block_size):
-    """The rows that score an example: a list of (context, {number of an ending: its ids}).
+def make_rows(examples, block_size):
+    """The rows that score examples, the longest first: (length, number of the example, context, endings).
 
-    One row for all endings, unless context and ending are longer than block_size: of these the last block_size
-    ids stay, so that the ending has a context of its own.
+    endings, {number: ids}, are all four of an example, unless with the context one is longer than block_size: of
+    these the last block_size ids stay, so that the ending has a context, and a row, of its own.
     """
-    rows = {}
-    for number, ending in enumerate(endings):
-        ids = (context + ending)[-block_size:]
-        n = max(1, len(ids) - len(ending))  # nothing predicts the first id, be it of the context or of an ending
-        rows.setdefault(tuple(ids[:n]), {})[number] = ids[n:]
-    return list(rows.items())
+    rows = []
+    for i, (_, _, context, endings) in enumerate(examples):
+        endings_of = {}  # by context
+        for number, ending in enumerate(endings):
+            ids = (context + ending)[-block_size:]
+            n = max(1, len(ids) - len(ending))  # nothing predicts the first id, be it of the context or of an ending
+            endings_of.setdefault(tuple(ids[:n]), {})[number] = ids[n:]
+        for ids, parts in endings_of.items():
+            length = len(ids) + sum(len(part) - 1 for part in parts.values())  # without last ids: nothing answers them
+            rows.append((-(-length // 8) * 8, i, ids, parts))  # a multiple of 8 for GPUs
+    return sorted(rows, key=lambda row: -row[0])
 
 
-def row_length(row):
-    """The tokens of a row, each ending without its last, to which nothing answers; up to a multiple of 8 for GPUs."""
-    context, endings = row
-    return -(-(len(context) + sum(len(ending) - 1 for ending in endings.values())) // 8) * 8
+@torch.no_grad()
+def score_rows(model, rows, device):
+    """The losses of B rows in nats, (B, T, 4) on the device: of what comes next in each ending, 0 where nothing does.
 
-
-def make_batch(rows):
-    """int64 arrays of B rows, padded to the longest: idx, pos and branch, each (B, T), and targets (B, T, 4).
-
-    pos goes on behind the context with every ending. branch is 0 in the context, 1 to 4 in an ending, 5 in the
-    padding. targets holds what comes next in each of the endings, -1 where that is none of it.
+    All endings of a row stand behind its context, at the same positions, each seeing it and itself alone.
     """
-    B, T = len(rows), max(map(row_length, rows))
-    idx, pos, branch, targets = *np.zeros((2, B, T), int), np.full((B, T), 5), np.full((B, T, 4), -1)
-    for b, (context, endings) in enumerate(rows):
+    B, T = len(rows), rows[0][0]
+    idx, pos = np.zeros((2, B, T), int)
+    branch = np.full((B, T), 5)  # 0 in the context, 1 to 4 in an ending, 5 in the padding
+    targets = np.full((B, T, 4), -1)  # what comes next in each of the endings, -1 where that is none of it
+    for b, (_, _, context, endings) in enumerate(rows):
         n = end = len(context)
         idx[b, :n], pos[b, :n], branch[b, :n] = context, range(n), 0
         for number, ending in endings.items():
             here = slice(end, end := end + len(ending) - 1)
             idx[b, here], pos[b, here], branch[b, here] = ending[:-1], range(n, n + len(ending) - 1), number + 1
             targets[b, n - 1, number], targets[b, here, number] = ending[0], ending[1:]
-    return idx, pos, branch, targets
-
-
-@torch.no_grad()
-def score_rows(model, rows, device):
-    """The losses of rows in nats, (B, T, 4) on the device: of what comes next in each ending, 0 where nothing does."""
-    idx, pos, branch, targets = (torch.from_numpy(array) for array in make_batch(rows))
-    scored = (targets >= 0).any(-1).flatten().nonzero()[:, 0]  # (N,), the places from which an ending goes on
-    targets = targets.flatten(0, 1)[scored].to(device)  # (N, 4)
-    idx, pos, branch, scored = (tensor.to(device) for tensor in (idx, pos, branch, scored))
+    scored = (targets >= 0).any(-1).ravel().nonzero()[0]  # (N,), the places from which an ending goes on
+    targets = targets.reshape(-1, 4)[scored]  # (N, 4)
+    idx, pos, branch, scored, targets = (torch.from_numpy(x).to(device) for x in (idx, pos, branch, scored, targets))
     query, key = branch[:, :, None], branch[:, None, :]
     mask = ((key == 0) | (key == query)).tril()  # (B, T, T): all see the context and their own branch, to their left
     hidden = model.hidden(idx, pos, mask[:, None]).flatten(0, 1)[scored]  # (N, C)
-    losses = torch.zeros(*branch.shape, 4, device=device)  # (B, T, 4)
+    losses = torch.zeros(B, T, 4, device=device)
     for at, h, target in zip(scored.split(1024), hidden.split(1024), targets.split(1024), strict=True):
         log_probs = F.log_softmax(model.logits(h), dim=-1, dtype=torch.float32)  # 1024 of GPT-2's: 206 MB
         losses.view(-1, 4)[at] = -log_probs.gather(-1, target.clamp(min=0)).where(target >= 0, 0.0)
@@ -307,28 +280,23 @@ def score_hellaswag(model, examples, block_size, batch_tokens, device):
     """Yield (number, summed losses, mean losses) of the examples, two lists of 4 in nats, the longest example first.
 
     examples are read_hellaswag's; model.hidden(idx, pos, mask) and model.logits(hidden) are all that is used of
-    model. The four endings stand behind one copy of their context, each seeing it and itself alone, and such
-    rows make batches of equal length, of at most batch_tokens (or one example).
+    model. Rows of about equal length make batches of at most batch_tokens (or one row).
     """
-    todo = [(i, share_context(*example[2:], block_size)) for i, example in enumerate(examples)]
-    todo.sort(key=lambda entry: -max(map(row_length, entry[1])))
-    batches, T = [], 0
-    for i, rows in todo:
-        if not batches or (len(batches[-1]) + len(rows)) * T > batch_tokens:
+    batches = []
+    for row in make_rows(examples, block_size):
+        if not batches or (len(batches[-1]) + 1) * batches[-1][0][0] > batch_tokens:
             batches.append([])
-            T = max(map(row_length, rows))
-        batches[-1] += [(i, row) for row in rows]
-    running = None  # a batch is read when the next one is under way, so that a GPU never waits
-    for batch in [*batches, None]:
-        ready, running = running, batch and (batch, score_rows(model, [row for _, row in batch], device))
-        if ready is None:
-            continue
-        scores, losses_of_rows = {}, ready[1].cpu().double().sum(1).tolist()  # (B, T, 4) -> (B, 4)
-        for (i, (_, endings)), losses in zip(ready[0], losses_of_rows, strict=True):
-            sums, means = scores.setdefault(i, ([0.0] * 4, [0.0] * 4))
+        batches[-1].append(row)
+    sums, means = ([[None] * 4 for _ in examples] for _ in range(2))
+    results = ((batch, score_rows(model, batch, device)) for batch in batches)
+    # A batch is read when the next one is under way, so that a GPU never waits.
+    for (batch, losses), _ in pairwise(chain(results, [None])):
+        losses = losses.cpu().double().sum(1).tolist()  # (B, T, 4) -> (B, 4)
+        for (_, i, _, endings), row in zip(batch, losses, strict=True):
             for number, ending in endings.items():
-                sums[number], means[number] = losses[number], losses[number] / len(ending)
-        yield from ((i, *score) for i, score in scores.items())
+                sums[i][number], means[i][number] = row[number], row[number] / len(ending)
+            if None not in sums[i]:
+                yield i, sums[i], means[i]
 
 
 # --------------------------------------------------------------------------------- command line
@@ -356,30 +324,24 @@ def load_model(name, device, dtype):
 
     name is a model's directory, a run's, whose newest checkpoint counts, or else a name on the Hugging Face hub.
     """
-    if name == "log" and not os.path.isdir(name):
-        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
-    path = name
-    if os.path.exists(name) and not os.path.isdir(name) or name[:1] in "./" and not os.path.isdir(name):
-        fail(f"--model {name} is no directory: name a directory that holds config.json and model.safetensors")
+    path, remedy = name, "name a directory that holds config.json and model.safetensors"
     if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
         steps = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
         if not steps:
             found = ", ".join(sorted(os.listdir(name))[:5]) or "nothing"
-            fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: name a GPT-2 or a run of one")
+            fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: {remedy}, or a run")
         path = f"{name}/{max(steps, key=lambda entry: int(entry[5:]))}"
+    elif name == "log" and not os.path.isdir(name):
+        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
     try:
         model = GPT(path, device, dtype)
     except (OSError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        if os.path.isdir(path):
-            fail(f"--model {name}: {why}")
-        where = f"no directory, and not to be had from the Hugging Face hub ({why})"
-        fail(f"--model {name} is {where}: name a directory that holds config.json and model.safetensors")
-    vocab_size = model.config["vocab_size"]
-    tokenizer = model.config.get("tokenizer", {50257: "gpt2", 257: "bytes"}.get(vocab_size))
-    if (tokenizer, vocab_size) not in [("gpt2", 50257), ("bytes", 257)]:
-        known = "gpt2 with 50257 and bytes with 257 are known"
-        fail(f"--model {name} has {vocab_size} tokens, by its config.json of tokenizer {tokenizer!r}: {known}")
+        where = "" if os.path.isdir(path) else " is no directory, and not to be had from the Hugging Face hub"
+        fail(f"--model {name}{where}: {str(error).splitlines()[0]}: {remedy}")
+    vocab_size, known = model.config["vocab_size"], {50257: "gpt2", 257: "bytes"}
+    tokenizer = model.config.get("tokenizer", known.get(vocab_size))
+    if vocab_size not in known or tokenizer != known[vocab_size]:
+        fail(f"--model {name} has {vocab_size} tokens of the tokenizer {tokenizer!r}, which is not one of {known}")
     try:
         return model, get_tokenizer(tokenizer), path
     except requests.RequestException as error:
@@ -388,8 +350,8 @@ def load_model(name, device, dtype):
 
 
 # --- end of copied block: load_model ---
-def parse_args():
-    """The flags; exits at one that cannot be."""
+def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
     add = parser.add_argument
@@ -399,25 +361,14 @@ def parse_args():
     add("--output", metavar="FILE", help="JSON file for the losses and predictions (none)")
     add("--batch_tokens", type=int, metavar="N", help="tokens a batch, padding included (2048 on a CPU, else 65536)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (auto)")
-    add(
-        "--dtype", choices=list(DTYPES), help="of weights and activations (bfloat16 on GPUs that have it, else float32)"
-    )
+    add("--dtype", choices=list(DTYPES), help="of weights and activations (bfloat16 on GPUs that have it, or float32)")
     args = parser.parse_args()
     for name in ("limit", "batch_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} is {getattr(args, name)}: it must be above 0")
-    if args.output and (
-        os.path.exists(args.output)
-        and not os.path.isfile(args.output)
-        or not os.path.isdir(os.path.dirname(args.output) or ".")
-    ):
+    is_new = args.output and not os.path.isfile(args.output)
+    if is_new and (os.path.exists(args.output) or not os.path.isdir(os.path.dirname(args.output) or ".")):
         fail(f"--output {args.output} cannot be written: name a file in a directory that exists")
-    return args
-
-
-def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
-    args = parse_args()
     device = pick_device(args.device)
     if args.dtype is None:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -426,41 +377,40 @@ def main():
     model, enc, name = load_model(args.model, device, DTYPES[args.dtype])
     try:
         examples = (read_hellaswag(args.data, enc) if args.data else fetch_hellaswag(enc))[: args.limit]
-    except requests.RequestException as error:
-        fail(f"cannot fetch {HELLASWAG_URL} ({type(error).__name__}): get it elsewhere and name it with --data")
     except (OSError, ValueError) as error:
         fail(f"{error}: name another file with --data")
 
-    block_size, n, right, right_norm = model.config["n_positions"], len(examples), 0, 0
+    block_size, n, right, right_norm, predictions = model.config["n_positions"], len(examples), 0, 0, {}
     cut = sum(len(context) + max(map(len, endings)) > block_size for _, _, context, endings in examples)
     if cut:
         print(f"{cut} of {n} examples are longer than {block_size} tokens: their contexts lose their beginnings")
     batch_tokens = args.batch_tokens or (2048 if device.type == "cpu" else 65536)
-    predictions = [{}] * n
-    with tqdm(total=n, unit="examples", disable=None) as bar:
-        for done, (i, sums, means) in enumerate(score_hellaswag(model, examples, block_size, batch_tokens, device), 1):
-            ind, label, *_ = examples[i]
-            if not math.isfinite(sum(sums)):
-                fail(f"the losses of example {ind} are {sums}: --model {name} is broken, or try --dtype float32")
-            pred, pred_norm = sums.index(min(sums)), means.index(min(means))
-            right, right_norm = right + (pred == label), right_norm + (pred_norm == label)
-            losses = {"losses": sums, "mean_losses": means}
-            predictions[i] = {"ind": ind, "label": label, "pred": pred, "pred_norm": pred_norm} | losses
-            bar.set_postfix_str(f"acc_norm: {right_norm / done:.4f}", refresh=False)
-            bar.update()
+    scores = score_hellaswag(model, examples, block_size, batch_tokens, device)
+    bar = tqdm(scores, total=n, unit="examples", disable=None)
+    for i, sums, means in bar:
+        ind, label, *_ = examples[i]
+        if not math.isfinite(sum(sums)):
+            fail(f"the losses of example {ind} are {sums}: --model {name} is broken, or try --dtype float32")
+        pred, pred_norm = sums.index(min(sums)), means.index(min(means))
+        right, right_norm = right + (pred == label), right_norm + (pred_norm == label)
+        predictions[i] = {"ind": ind, "label": label, "pred": pred, "pred_norm": pred_norm}
+        predictions[i] |= {"losses": sums, "mean_losses": means}
+        bar.set_postfix_str(f"acc_norm: {right_norm / len(predictions):.4f}", refresh=False)
+    print(f"{n} acc: {right / n:.4f} acc_norm: {right_norm / n:.4f}", flush=True)  # whatever becomes of --output
     if args.output:
-        result = {"model": name, "n": n, "acc": right / n, "acc_norm": right_norm / n, "predictions": predictions}
-        try:
-            with open(f"{args.output}.tmp", "w", encoding="utf-8") as file:
-                json.dump(result, file)
-            os.replace(f"{args.output}.tmp", args.output)
-        except OSError as error:
-            fail(f"--output {args.output} cannot be written ({error.strerror}): name another file")
-    print(f"{n} acc: {right / n:.4f} acc_norm: {right_norm / n:.4f}")
+        result = {"model": name, "n": n, "acc": right / n, "acc_norm": right_norm / n}
+        result["predictions"] = [predictions[i] for i in range(n)]
+        with open(f"{args.output}.tmp", "w", encoding="utf-8") as file:
+            json.dump(result, file)
+        os.replace(f"{args.output}.tmp", args.output)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # the reader has enough
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, head say, has enough
         os._exit(0)
+    except OSError as error:  # a full disk, say, under --output or standard output
+        print(f"error: {error}", file=sys.stderr)
+        os._exit(1)

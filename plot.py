@@ -3,7 +3,6 @@ Draw the curves of a run, or of several runs over each other, as one picture.
 
     python plot.py log                                 # writes log/curves.png
     python plot.py log log2 log3 --output three.png    # three runs in one picture
-    python plot.py log --show                          # opens a window, too
     python plot.py log_bng --tokens_per_step 524288 --reference    # build-nanogpt's log.txt, on FineWeb-Edu
 
 Reads DIR/log.txt, the "step kind value" lines of train_gpt2.py or build-nanogpt, and DIR/run.json, the flags of
@@ -18,20 +17,21 @@ import re
 import signal
 import sys
 from contextlib import suppress
+from itertools import cycle
 
 import numpy as np
 
-LABELS = {
-    "loss": "loss (nats per token)",
+LABELS = {  # of panels, by what they show; val stands in train's
+    "train": "loss (nats per token)",
     "hella": "HellaSwag accuracy",
     "lr": "learning rate",
     "norm": "gradient norm",
     "tok/s": "tokens/s",
 }
-# (kind, model of OpenAI's, value, line): the loss is that on build-nanogpt's validation shard of FineWeb-Edu; endings
+# (panel, model of OpenAI's, value, line): the loss is that on build-nanogpt's validation shard of FineWeb-Edu; endings
 # are chosen by likelihood a token; GPT-3's figure is table H.1 of "Language Models are Few-Shot Learners" (2020).
 REFERENCES = [
-    ("loss", "GPT-2 124M", 3.2924, "--"),
+    ("train", "GPT-2 124M", 3.2924, "--"),
     ("hella", "GPT-3 124M", 0.337, ":"),
     ("hella", "GPT-2 124M", 0.2955, "--"),
 ]
@@ -50,39 +50,36 @@ def fail(message):
 
 
 def read_run(log_dir):
-    """The figures in log.txt, {kind: (steps (N,), values (N,))} with NaN for what is not finite, and the flags in
-    run.json, {} if none can be read.
+    """The figures in log.txt, {kind: (steps (N,), values (N,))}, and the flags in run.json, {} if none can be read.
 
-    Lines that are no "step kind value" are skipped and counted on stderr; of two for a step the later one holds.
+    Lines that are no "step kind value" are skipped and counted on stderr; other kinds, and values that are not finite
+    or too large for an axis, are left out; of two for a step the later one holds.
     """
-    found, wrong, flags = {}, [], {}
+    found, wrong = {}, []
     with open(f"{log_dir}/log.txt", encoding="utf-8", errors="replace") as file:
         lines = file.read().split("\n")[:-1]  # what no newline ends was cut, or is being written
     for number, line in enumerate(lines, 1):
         try:
             step, kind, value = line.split()
-            found.setdefault("loss" if kind == "train" else kind, {})[int(step)] = float(value)
+            if kind in {*LABELS, "val"} and abs(float(value)) < 1e30:
+                found.setdefault(kind, {})[int(step)] = float(value)
         except ValueError:
             wrong.append(number)
     if wrong:
         what = f"skipped {len(wrong)} of {len(lines)} lines that are no 'step kind value', the first is line {wrong[0]}"
         print(f"warning: {log_dir}/log.txt: {what}", file=sys.stderr)
-    with (
-        suppress(OSError, ValueError, TypeError, RecursionError),
-        open(f"{log_dir}/run.json", encoding="utf-8") as file,
-    ):
-        flags = dict(json.load(file))
     log = {kind: np.array(sorted(figures.items()), float).T for kind, figures in found.items()}  # (2, N)
-    return {kind: (x, np.where(np.isfinite(y), y, np.nan)) for kind, (x, y) in log.items()}, flags
+    try:
+        with open(f"{log_dir}/run.json", encoding="utf-8") as file:
+            return log, dict(json.load(file))
+    except (OSError, ValueError, TypeError):
+        return log, {}
 
 
 def smooth(values):
-    """Means over windows of about 2 % of values (N,), leaving NaNs out: (N,)."""
-    i = np.arange(len(values))
-    reach = np.minimum(i, len(values) // 100)  # symmetric at the start, too: the fall there is steep
-    ends = np.stack((i - reach, np.minimum(i + reach + 1, len(values))), axis=1).ravel()
-    total, count = (np.add.reduceat(np.append(x, 0.0), ends)[::2] for x in (np.nan_to_num(values), values == values))
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+    """Means over windows of about 2 % of values (N,): (N,)."""
+    reach = [min(i, len(values) // 100) for i in range(len(values))]  # symmetric at the start, too: its fall is steep
+    return np.array([values[i - n : i + n + 1].mean() for i, n in enumerate(reach)])
 
 
 def draw(log_dirs, path, tokens_per_step=None, reference=None):
@@ -90,66 +87,63 @@ def draw(log_dirs, path, tokens_per_step=None, reference=None):
 
     tokens_per_step is for runs without a run.json. reference says whether to draw REFERENCES; None means where a
     run.json tells of FineWeb-Edu in GPT-2's tokens, and none of other data. Raises ValueError where there is nothing
-    to draw or path's ending is no picture's, OSError where a file cannot be read or written.
+    to draw, OSError where a file cannot be read or written.
     """
-    from matplotlib import pyplot, ticker  # not above: it takes a second and writes a cache
+    from matplotlib import rc_context, ticker  # not above: it takes a second and writes a cache
+    from matplotlib.figure import Figure
 
     logs, flags = zip(*map(read_run, log_dirs), strict=True)
-    found = {kind for log in logs for kind, (_, y) in log.items() if np.isfinite(y).any()}
-    if not found & {*LABELS, "val"}:
-        raise ValueError(f"{log_dirs[0]}/log.txt has nothing to draw yet: wait for the first step, or name another run")
+    kinds = {kind for log in logs for kind in log}
+    if not kinds:
+        raise ValueError(f"{log_dirs[0]}/log.txt has nothing to draw yet")
     names = [os.path.basename(os.path.abspath(one)) for one in log_dirs]
     names = [name.replace("$", r"\$") for name in (names if len(set(names)) == len(names) else log_dirs)]
     if reference is None:
         data = [f"{one['tokenizer']} {one.get('source')}" for one in flags if "tokenizer" in one]
         reference = bool(data) and all(re.match(r"gpt2 .*HuggingFaceFW/fineweb-edu(?![\w-])", one) for one in data)
-    sizes = [one.get("total_batch_size") for one in flags]
-    sizes = [size if type(size) is int and 0 < size < 2**62 else tokens_per_step for size in sizes]
-    x_label = "steps (for tokens: --tokens_per_step)"
-    if None not in sizes:
+    sizes = [one.get("total_batch_size", tokens_per_step) for one in flags]  # tokens a step
+    if None in sizes:
+        sizes, unit, x_label = [1] * len(logs), 1, "steps (for tokens: --tokens_per_step)"
+    else:
         most = max(size * x[-1] for size, log in zip(sizes, logs, strict=True) for x, _ in log.values())
         unit, x_label = (1e9, "tokens (billions)") if most >= 1e9 else (1e6, "tokens (millions)")
-    scales = [1 if None in sizes else size / unit for size in sizes]
 
-    below = [kind for kind in ("lr", "norm", "tok/s") if kind in found]
-    rows = [["loss"] * 4 + ["hella"] * 2 if "hella" in found else ["loss"] * 6]
+    below = [kind for kind in ("lr", "norm", "tok/s") if kind in kinds]
+    rows = [["train"] * 4 + ["hella"] * 2 if "hella" in kinds else ["train"] * 6]
     rows += [[kind for kind in below for _ in range(6 // len(below))]] if below else []
-    with pyplot.rc_context(STYLE):
-        figure = pyplot.figure(figsize=(10, 7), dpi=160, layout="constrained")  # inches
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 7), dpi=160, layout="constrained")  # inches
         panels = figure.subplot_mosaic(rows, height_ratios=[3, 2][: len(rows)])
         figure.supxlabel(x_label, size=12)
         late = []  # losses after the first twentieth of their run: the fall before would flatten all the rest
-        for i, (log, name, scale) in enumerate(zip(logs, names, scales, strict=True)):
-            style = {"color": COLORS[i % len(COLORS)], "ls": ["-", "--", ":"][i // len(COLORS) % 3]}
+        for log, name, size, color in zip(logs, names, sizes, cycle(COLORS), strict=False):
             for kind, (x, y) in log.items():
-                axes = panels.get("loss" if kind == "val" else kind)
-                if not axes:
-                    continue
-                if axes is panels["loss"]:
+                axes = panels["train" if kind == "val" else kind]
+                if kind in ("train", "val"):
                     late.extend(y[x >= x[-1] / 20])
-                if kind == "val" and np.isfinite(y).any():
-                    name = f"{name}: val loss {y[np.isfinite(y)][-1]:.4f}"
+                if kind == "val":
+                    name = f"{name}: val loss {y[-1]:.4f}"
+                x = x * size / unit
                 if kind in ("val", "hella"):
-                    axes.plot(x * scale, y, "o", color=style["color"], zorder=3)
+                    axes.plot(x, y, "o", color=color, zorder=3)
                 else:
-                    axes.plot(x * scale, y, **style, lw=0.6, alpha=0.35)
+                    axes.plot(x, y, color=color, lw=0.6, alpha=0.35)
                     mean = y if kind == "lr" else smooth(y)
-                    axes.plot(x * scale, mean, **style, lw=1.8, marker="o" if len(x) < 20 else None)
-            panels["loss"].plot([], [], **style, lw=4, label=name)
-        panels["loss"].plot([], [], color="#555555", lw=1.8, label="train")
-        panels["loss"].plot([], [], "o", color="#555555", label="validation")
+                    axes.plot(x, mean, color=color, lw=1.8, marker="o" if len(x) < 20 else None)
+            panels["train"].plot([], [], color=color, lw=4, label=name)
+        panels["train"].plot([], [], color="#555555", lw=1.8, label="train")
+        panels["train"].plot([], [], "o", color="#555555", label="validation")
         for kind, model, value, line in REFERENCES if reference else []:
             if kind in panels:
                 panels[kind].axhline(value, color="#555555", lw=1.2, ls=line, label=f"{model}: {value}")
-                late.extend([value] if kind == "loss" else [])
+                late.extend([value] if kind == "train" else [])
         for kind, axes in panels.items():
             axes.set_ylabel(LABELS[kind])
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="upper right" if kind == "loss" else "lower right")
-        if np.isfinite(late).any():
-            low, high = np.nanmin(late), np.nanmax(late)
-            margin = 0.05 * (high - low) or 0.1
-            panels["loss"].set_ylim(low - margin, high + margin)
+                axes.legend(loc="upper right" if kind == "train" else "lower right")
+        if late:
+            margin = 0.05 * (max(late) - min(late)) or 0.1
+            panels["train"].set_ylim(min(late) - margin, max(late) + margin)
         if "norm" in panels:
             panels["norm"].set_yscale("log", subs=[2, 5])
             panels["norm"].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
@@ -158,7 +152,7 @@ def draw(log_dirs, path, tokens_per_step=None, reference=None):
             panels["tok/s"].yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         temporary = f"{path}.{os.getpid()}.tmp"
         try:
-            figure.savefig(temporary, format=os.path.splitext(path)[1][1:] or "png")
+            figure.savefig(temporary, format=os.path.splitext(path)[1][1:])
             os.replace(temporary, path)
         finally:
             with suppress(FileNotFoundError):
@@ -170,41 +164,33 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
-    add = parser.add_argument_group("runs").add_argument
+    add = parser.add_argument
     add("log_dirs", nargs="+", metavar="DIR", help="directories of runs, each with a log.txt")
     add("--tokens_per_step", type=int, metavar="N", help="tokens a step of runs without a run.json (x shows steps)")
-    add = parser.add_argument_group("picture").add_argument
     add("--output", metavar="FILE", help="picture to write, .png, .svg or .pdf (curves.png in the first DIR)")
     switch = argparse.BooleanOptionalAction
     add("--reference", action=switch, help="draw OpenAI's figures (where a run.json tells of FineWeb-Edu)")
-    add("--show", action="store_true", help="open a window, too")
     args = parser.parse_args()
-    if args.tokens_per_step is not None and not 0 < args.tokens_per_step < 2**62:
-        fail(f"--tokens_per_step is {args.tokens_per_step}: it must be above 0, and a number of tokens")
-    if not args.show:
-        os.environ["MPLBACKEND"] = "Agg"  # draws without a display
+    if args.tokens_per_step is not None and args.tokens_per_step < 1:
+        fail(f"--tokens_per_step is {args.tokens_per_step}: it must be above 0")
     path = args.output or f"{args.log_dirs[0]}/curves.png"
-    if os.path.exists(path) and not os.path.isfile(path):
-        fail(f"--output {path} is no file: name one")
+    if not path.endswith((".png", ".svg", ".pdf")):
+        fail(f"--output {path} is no picture: name a .png, .svg or .pdf file")
     try:
         draw(args.log_dirs, path, args.tokens_per_step, args.reference)
     except ImportError as error:
         fail(f"cannot draw ({error}): pip install -r requirements.txt")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         fail(f"{error}: name directories with a log.txt, and an --output that can be written")
-    except ValueError as error:
-        fail(error)
     print(path)
-    if args.show:
-        from matplotlib import pyplot
-
-        if pyplot.get_backend().lower() == "agg":  # the library's way out where no window can be opened
-            fail(f"--show finds no display: look at {path}")
-        pyplot.show()
 
 
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader has enough
         os._exit(0)
+    except OSError as error:  # a full disk, say, under standard output
+        print(f"error: {error}", file=sys.stderr)
+        os._exit(1)

@@ -40,19 +40,15 @@ def fail(message):
 
 # ---------------------------------------------------------------------------------------- model
 # --- copied block: read_pretrained ---
-ACTIVATIONS = {  # by Hugging Face's names; gelu_new is GPT-2's
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
+# By Hugging Face's names, GPT-2's first.
+ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face stores these transposed: (in, out)
 
 
 def read_pretrained(directory_or_name):
     """The (config, tensors by name) of a GPT-2 in a directory, ours or Hugging Face's, or of a name on its hub.
 
-    config is config.json's object with GPT-2's defaults for what it leaves out, tensors are as the file holds
+    config is config.json's object with GPT-2's values for what it leaves out, tensors are as the file holds
     them, without their prefix "transformer.". Raises ValueError, in one line, where there is no GPT-2 that
     these scripts can compute, and OSError where a name cannot be fetched.
     """
@@ -61,55 +57,42 @@ def read_pretrained(directory_or_name):
         from huggingface_hub import snapshot_download
 
         directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
-    defaults = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "n_inner": None}
-    defaults |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    numbers = dict(vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768, layer_norm_epsilon=1e-5)
+    choices = {"model_type": ["gpt2"], "activation_function": list(ACTIVATIONS), "tie_word_embeddings": [True]}
+    choices |= {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
+    config = numbers | {name: values[0] for name, values in choices.items()} | {"n_inner": None}
     try:
         with open(f"{directory}/config.json", encoding="utf-8") as file:
-            config = defaults | dict(json.load(file))
-        if config.get("model_type") != "gpt2":
-            raise ValueError(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
-        unlike = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-        unlike = [name for name, value in unlike.items() if config.get(name, value) != value]
-        if config["activation_function"] not in ACTIVATIONS or unlike:
-            what = unlike[0] if unlike else "activation_function"
-            raise ValueError(f"its {what} is {config[what]!r}, which GPT-2 does not have")
-        sizes = {name: config[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")}
-        V, C, n_inner = config["vocab_size"], config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
-        for name, value in (sizes | {"n_inner": n_inner}).items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"its {name} is {value!r}, not a whole number above 0")
-        if C % config["n_head"]:
-            raise ValueError(f"its n_embd {C} is not divisible by its n_head {config['n_head']}")
-        epsilon = config["layer_norm_epsilon"]
-        if type(epsilon) is not float or not 0 < epsilon < 1:
-            raise ValueError(f"its layer_norm_epsilon is {epsilon!r}, not a number between 0 and 1")
-        if not os.path.exists(f"{directory}/model.safetensors"):
-            raise ValueError("it has no model.safetensors: transformers' save_pretrained writes one, in one file")
+            config |= json.load(file)
+        for name, values in choices.items():
+            if config[name] not in values:
+                raise ValueError(f"its {name} is {config[name]!r}, and not one of {values}")
+        for name, value in numbers.items():
+            if type(config[name]) is not type(value) or config[name] <= 0:
+                raise ValueError(f"its {name} is {config[name]!r}, and no number like {value}")
+        n_layer, n_head, C = config["n_layer"], config["n_head"], config["n_embd"]
+        if C % n_head:
+            raise ValueError(f"its n_embd {C} is not divisible by its n_head {n_head}")
         tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
-        n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
-        if n_layer != config["n_layer"]:
-            raise ValueError(f"it has {n_layer} blocks, its n_layer is {config['n_layer']}")
-        if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
-            raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
-        shapes = {"wte.weight": (V, C), "wpe.weight": (config["n_positions"], C)}
-        linears = {
-            "attn.c_attn": (C, 3 * C),
-            "attn.c_proj": (C, C),
-            "mlp.c_fc": (C, n_inner),
-            "mlp.c_proj": (n_inner, C),
-        }
-        for i in range(config["n_layer"]):
-            for name, shape in linears.items():
-                shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
-        norms = [f"h.{i}.{name}" for i in range(config["n_layer"]) for name in ("ln_1", "ln_2")] + ["ln_f"]
-        shapes |= {f"{name}.{part}": (C,) for name in norms for part in ("weight", "bias")}
+        blocks = {name.split(".")[1] for name in tensors if name.startswith("h.")}
+        if len(blocks) != n_layer:
+            raise ValueError(f"it has {len(blocks)} blocks, its n_layer is {n_layer}")
+        n_inner = config["n_inner"] or 4 * C
+        block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
+        block |= {"ln_2": (C,), "mlp.c_fc": (C, n_inner), "mlp.c_proj": (n_inner, C)}
+        layers = {f"h.{i}.{name}": shape for i in range(n_layer) for name, shape in block.items()} | {"ln_f": (C,)}
+        shapes = {"wte.weight": (config["vocab_size"], C), "wpe.weight": (config["n_positions"], C)}
+        for name, shape in layers.items():
+            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
         for name, shape in shapes.items():
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             if found != shape:
                 raise ValueError(f"{name} is {found}, config.json asks for {shape}")
             if not tensors[name].is_floating_point():
                 raise ValueError(f"{name} holds {tensors[name].dtype}, not floating-point numbers")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
+        if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
+            raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"{directory} holds no GPT-2: {error}") from None
     return config, {name: tensors[name] for name in shapes}
 
@@ -302,30 +285,24 @@ def load_model(name, device, dtype):
 
     name is a model's directory, a run's, whose newest checkpoint counts, or else a name on the Hugging Face hub.
     """
-    if name == "log" and not os.path.isdir(name):
-        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
-    path = name
-    if os.path.exists(name) and not os.path.isdir(name) or name[:1] in "./" and not os.path.isdir(name):
-        fail(f"--model {name} is no directory: name a directory that holds config.json and model.safetensors")
+    path, remedy = name, "name a directory that holds config.json and model.safetensors"
     if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
         steps = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
         if not steps:
             found = ", ".join(sorted(os.listdir(name))[:5]) or "nothing"
-            fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: name a GPT-2 or a run of one")
+            fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: {remedy}, or a run")
         path = f"{name}/{max(steps, key=lambda entry: int(entry[5:]))}"
+    elif name == "log" and not os.path.isdir(name):
+        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
     try:
         model = GPT(path, device, dtype)
     except (OSError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        if os.path.isdir(path):
-            fail(f"--model {name}: {why}")
-        where = f"no directory, and not to be had from the Hugging Face hub ({why})"
-        fail(f"--model {name} is {where}: name a directory that holds config.json and model.safetensors")
-    vocab_size = model.config["vocab_size"]
-    tokenizer = model.config.get("tokenizer", {50257: "gpt2", 257: "bytes"}.get(vocab_size))
-    if (tokenizer, vocab_size) not in [("gpt2", 50257), ("bytes", 257)]:
-        known = "gpt2 with 50257 and bytes with 257 are known"
-        fail(f"--model {name} has {vocab_size} tokens, by its config.json of tokenizer {tokenizer!r}: {known}")
+        where = "" if os.path.isdir(path) else " is no directory, and not to be had from the Hugging Face hub"
+        fail(f"--model {name}{where}: {str(error).splitlines()[0]}: {remedy}")
+    vocab_size, known = model.config["vocab_size"], {50257: "gpt2", 257: "bytes"}
+    tokenizer = model.config.get("tokenizer", known.get(vocab_size))
+    if vocab_size not in known or tokenizer != known[vocab_size]:
+        fail(f"--model {name} has {vocab_size} tokens of the tokenizer {tokenizer!r}, which is not one of {known}")
     try:
         return model, get_tokenizer(tokenizer), path
     except requests.RequestException as error:
@@ -390,5 +367,9 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for what it lacks
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader, head say, has enough
         os._exit(0)
+    except OSError as error:  # a full disk, say, under standard output
+        print(f"error: {error}", file=sys.stderr)
+        os._exit(1)

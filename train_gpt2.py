@@ -73,19 +73,15 @@ PRESETS = {
 
 # ---------------------------------------------------------------------------------------- model
 # --- copied block: read_pretrained ---
-ACTIVATIONS = {  # by Hugging Face's names; gelu_new is GPT-2's
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
+# By Hugging Face's names, GPT-2's first.
+ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face stores these transposed: (in, out)
 
 
 def read_pretrained(directory_or_name):
     """The (config, tensors by name) of a GPT-2 in a directory, ours or Hugging Face's, or of a name on its hub.
 
-    config is config.json's object with GPT-2's defaults for what it leaves out, tensors are as the file holds
+    config is config.json's object with GPT-2's values for what it leaves out, tensors are as the file holds
     them, without their prefix "transformer.". Raises ValueError, in one line, where there is no GPT-2 that
     these scripts can compute, and OSError where a name cannot be fetched.
     """
@@ -94,55 +90,42 @@ def read_pretrained(directory_or_name):
         from huggingface_hub import snapshot_download
 
         directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
-    defaults = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "n_inner": None}
-    defaults |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    numbers = dict(vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768, layer_norm_epsilon=1e-5)
+    choices = {"model_type": ["gpt2"], "activation_function": list(ACTIVATIONS), "tie_word_embeddings": [True]}
+    choices |= {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
+    config = numbers | {name: values[0] for name, values in choices.items()} | {"n_inner": None}
     try:
         with open(f"{directory}/config.json", encoding="utf-8") as file:
-            config = defaults | dict(json.load(file))
-        if config.get("model_type") != "gpt2":
-            raise ValueError(f"its model_type is {config.get('model_type')!r}, not 'gpt2'")
-        unlike = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-        unlike = [name for name, value in unlike.items() if config.get(name, value) != value]
-        if config["activation_function"] not in ACTIVATIONS or unlike:
-            what = unlike[0] if unlike else "activation_function"
-            raise ValueError(f"its {what} is {config[what]!r}, which GPT-2 does not have")
-        sizes = {name: config[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")}
-        V, C, n_inner = config["vocab_size"], config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
-        for name, value in (sizes | {"n_inner": n_inner}).items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"its {name} is {value!r}, not a whole number above 0")
-        if C % config["n_head"]:
-            raise ValueError(f"its n_embd {C} is not divisible by its n_head {config['n_head']}")
-        epsilon = config["layer_norm_epsilon"]
-        if type(epsilon) is not float or not 0 < epsilon < 1:
-            raise ValueError(f"its layer_norm_epsilon is {epsilon!r}, not a number between 0 and 1")
-        if not os.path.exists(f"{directory}/model.safetensors"):
-            raise ValueError("it has no model.safetensors: transformers' save_pretrained writes one, in one file")
+            config |= json.load(file)
+        for name, values in choices.items():
+            if config[name] not in values:
+                raise ValueError(f"its {name} is {config[name]!r}, and not one of {values}")
+        for name, value in numbers.items():
+            if type(config[name]) is not type(value) or config[name] <= 0:
+                raise ValueError(f"its {name} is {config[name]!r}, and no number like {value}")
+        n_layer, n_head, C = config["n_layer"], config["n_head"], config["n_embd"]
+        if C % n_head:
+            raise ValueError(f"its n_embd {C} is not divisible by its n_head {n_head}")
         tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
-        n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
-        if n_layer != config["n_layer"]:
-            raise ValueError(f"it has {n_layer} blocks, its n_layer is {config['n_layer']}")
-        if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
-            raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
-        shapes = {"wte.weight": (V, C), "wpe.weight": (config["n_positions"], C)}
-        linears = {
-            "attn.c_attn": (C, 3 * C),
-            "attn.c_proj": (C, C),
-            "mlp.c_fc": (C, n_inner),
-            "mlp.c_proj": (n_inner, C),
-        }
-        for i in range(config["n_layer"]):
-            for name, shape in linears.items():
-                shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
-        norms = [f"h.{i}.{name}" for i in range(config["n_layer"]) for name in ("ln_1", "ln_2")] + ["ln_f"]
-        shapes |= {f"{name}.{part}": (C,) for name in norms for part in ("weight", "bias")}
+        blocks = {name.split(".")[1] for name in tensors if name.startswith("h.")}
+        if len(blocks) != n_layer:
+            raise ValueError(f"it has {len(blocks)} blocks, its n_layer is {n_layer}")
+        n_inner = config["n_inner"] or 4 * C
+        block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
+        block |= {"ln_2": (C,), "mlp.c_fc": (C, n_inner), "mlp.c_proj": (n_inner, C)}
+        layers = {f"h.{i}.{name}": shape for i in range(n_layer) for name, shape in block.items()} | {"ln_f": (C,)}
+        shapes = {"wte.weight": (config["vocab_size"], C), "wpe.weight": (config["n_positions"], C)}
+        for name, shape in layers.items():
+            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
         for name, shape in shapes.items():
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             if found != shape:
                 raise ValueError(f"{name} is {found}, config.json asks for {shape}")
             if not tensors[name].is_floating_point():
                 raise ValueError(f"{name} holds {tensors[name].dtype}, not floating-point numbers")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
+        if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
+            raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"{directory} holds no GPT-2: {error}") from None
     return config, {name: tensors[name] for name in shapes}
 
@@ -522,15 +505,12 @@ def read_hellaswag(path, enc, size=None):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                example = json.loads(line)
-                ind, label, context, endings = (example[name] for name in ("ind", "label", "ctx", "endings"))
-                if type(label) is not int or label not in range(4):
-                    raise ValueError(f"its label is {label!r}, not 0, 1, 2 or 3")
-                if type(endings) is not list or [*map(type, [context, *endings])] != 5 * [str] or not context:
-                    raise ValueError("its ctx and endings are not a text that is not empty and a list of four texts")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                what = f"it has no {error}" if isinstance(error, KeyError) else error
-                raise ValueError(f"line {number} of {path} is no HellaSwag example: {what}") from None
+                ind, label, context, endings = map(dict(json.loads(line)).get, ("ind", "label", "ctx", "endings"))
+                types = [type(label), type(context), type(endings), *map(type, endings)]
+                if types != [int, str, list, str, str, str, str] or label not in range(4) or not context:
+                    raise ValueError(f"its 'label' must be 0 to 3, not {label!r}, its 'ctx' a text, its 'endings' four")
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"line {number} of {path} is no HellaSwag example: {error}") from None
             endings = [enc.encode_ordinary(f" {ending}") for ending in endings]
             examples.append((ind, label, enc.encode_ordinary(context), endings))
     if not examples or size and len(examples) != size:
@@ -542,25 +522,23 @@ def fetch_hellaswag(enc):
     """read_hellaswag of the validation set, after downloading it to HELLASWAG_PATH if it is not there.
 
     The file gets there when it is whole, which its number of examples tells: there is no published checksum.
-    Raises requests.RequestException where it cannot be fetched, else as read_hellaswag does.
+    Raises as read_hellaswag does, and ValueError where it cannot be fetched.
     """
     if os.path.exists(HELLASWAG_PATH):
         return read_hellaswag(HELLASWAG_PATH, enc, HELLASWAG_SIZE)
     temporary = f"{HELLASWAG_PATH}.{os.getpid()}.tmp"
-    headers = {"Accept-Encoding": "identity"}  # not compressed, so that Content-Length is the file's
     try:
-        with requests.get(HELLASWAG_URL, headers=headers, stream=True, timeout=30) as response:
+        with requests.get(HELLASWAG_URL, stream=True, timeout=30) as response:
             response.raise_for_status()
             os.makedirs(os.path.dirname(HELLASWAG_PATH), exist_ok=True)
-            length = int(response.headers.get("Content-Length", 0)) or None
-            with open(temporary, "wb") as file, tqdm(total=length, unit="B", unit_scale=True, disable=None) as bar:
-                for chunk in response.iter_content(2**20):
-                    bar.update(file.write(chunk))
+            with open(temporary, "wb") as file:
+                for chunk in tqdm(response.iter_content(2**20), unit="MiB", disable=None):
+                    file.write(chunk)
         examples = read_hellaswag(temporary, enc, HELLASWAG_SIZE)
         os.replace(temporary, HELLASWAG_PATH)
         return examples
-    except ValueError as error:
-        raise ValueError(f"{HELLASWAG_URL} came damaged ({error})") from None
+    except (requests.RequestException, ValueError) as error:
+        raise ValueError(f"{HELLASWAG_URL} cannot be fetched, or came damaged ({error})") from None
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)

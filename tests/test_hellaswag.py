@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import threading
 
 import huggingface_hub
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHARED, call, load, run
+from conftest import ROOT, SHARED, call, command, load, run
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -404,6 +405,13 @@ def test_output_that_cannot_be_written(tmp_path, tiny):
     shutil.rmtree(tmp_path / "model")
     done = call("hellaswag", *tiny[1], "--output", tmp_path / "nowhere" / "out.json")
     check_error(done, "--output")  # said before anything slow begins
+
+
+def test_standard_output_that_is_full(tmp_path, tiny):
+    with open("/dev/full", "w") as full:
+        line = command("hellaswag", *tiny[1])
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "No space left" in done.stderr
 
 
 def test_device_that_is_not_there(tiny):

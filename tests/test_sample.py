@@ -422,6 +422,13 @@ def test_a_reader_that_leaves_is_no_error(small):
     assert writer.stderr.read() == b""
 
 
+def test_standard_output_that_is_full_is_told_in_a_line(small):
+    with open("/dev/full", "w") as full:
+        line = command("sample", "--model", small[1], "--device", "cpu")
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "No space left" in done.stderr
+
+
 class Terminal:
     """sample.py on a pseudo-terminal."""
 
