@@ -3,6 +3,7 @@ Draw the curves of a run, or of several runs over each other, as one picture.
 
     python plot.py log                                 # writes log/curves.png
     python plot.py log log2 log3 --output three.png    # three runs in one picture
+    python plot.py log --show                          # opens the picture, too
     python plot.py log_bng --tokens_per_step 524288 --reference    # build-nanogpt's log.txt, on FineWeb-Edu
 
 Reads DIR/log.txt, the "step kind value" lines of train_gpt2.py or build-nanogpt, and DIR/run.json, the flags of
@@ -16,6 +17,7 @@ import os
 import re
 import signal
 import sys
+import webbrowser
 from contextlib import suppress
 from itertools import cycle
 
@@ -170,6 +172,7 @@ def main():
     add("--output", metavar="FILE", help="picture to write, .png, .svg or .pdf (curves.png in the first DIR)")
     switch = argparse.BooleanOptionalAction
     add("--reference", action=switch, help="draw OpenAI's figures (where a run.json tells of FineWeb-Edu)")
+    add("--show", action="store_true", help="open the picture in the system's viewer, too")
     args = parser.parse_args()
     if args.tokens_per_step is not None and args.tokens_per_step < 1:
         fail(f"--tokens_per_step is {args.tokens_per_step}: it must be above 0")
@@ -183,6 +186,8 @@ def main():
     except (OSError, ValueError) as error:
         fail(f"{error}: name directories with a log.txt, and an --output that can be written")
     print(path)
+    if args.show and not webbrowser.open(f"file://{os.path.abspath(path)}"):
+        fail(f"--show finds no viewer: look at {path}")
 
 
 if __name__ == "__main__":

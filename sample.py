@@ -40,8 +40,9 @@ def fail(message):
 
 # ---------------------------------------------------------------------------------------- model
 # --- copied block: read_pretrained ---
-# By Hugging Face's names, GPT-2's first.
+# By Hugging Face's names, GPT-2's first, which has two.
 ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS["gelu_pytorch_tanh"] = ACTIVATIONS["gelu_new"]
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face stores these transposed: (in, out)
 
 

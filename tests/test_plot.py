@@ -296,3 +296,19 @@ def test_without_matplotlib_a_line_says_how_to_get_it(tmp_path, monkeypatch):
     done = call("plot", log_dir)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "matplotlib" in done.stderr and "pip install -r requirements.txt" in done.stderr
+
+
+def test_show_opens_the_picture(tmp_path):
+    log_dir, viewer, seen = write_run(tmp_path / "log", "0 train 5\n"), tmp_path / "viewer", tmp_path / "seen"
+    viewer.write_text(f'#!/bin/sh\necho "$1" > {seen}\n')
+    viewer.chmod(0o755)
+    done = run("plot", log_dir, "--show", env={"BROWSER": f"{viewer} %s"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert seen.read_text() == f"file://{log_dir}/curves.png\n"
+
+
+def test_show_without_a_viewer_still_writes(tmp_path):
+    log_dir = write_run(tmp_path / "log", "0 train 5\n")
+    done = run("plot", log_dir, "--show", env={"BROWSER": "", "PATH": "", "DISPLAY": ""})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "viewer" in done.stderr
+    assert (tmp_path / "log" / "curves.png").exists()
