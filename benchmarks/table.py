@@ -28,17 +28,11 @@ HEADER = "| what | here | peer | ratio (range) | of the limit |\n|---|---|---|--
 # 524,288 tokens a step, as the preset gpt2 has
 GPU_STEP = "--device cuda --dtype bfloat16 --micro_batch_size 64 --block_size 1024 --grad_accum_steps 8"
 FLAGS = {  # of each benchmark on a device
-    "cpu": {
-        "step": "",
-        "sample": "--device cpu --max_new_tokens 64",
-        "hellaswag": "--device cpu --examples 50",
-        "fineweb": "",
-    },
+    "cpu": {"step": "", "sample": "--device cpu --max_new_tokens 64", "hellaswag": "--device cpu --examples 50"},
     "cuda": {
         "step": GPU_STEP,
         "sample": "--device cuda --dtype bfloat16 --batch_sizes 1 4 64",
         "hellaswag": "--device cuda --dtype bfloat16 --examples 10042 --parts 10",
-        "fineweb": "",
     },
 }
 TINY_MODEL = "--n_layer 1 --n_head 2 --n_embd 32"
@@ -80,7 +74,7 @@ def main():
     rows, failed = [], False
     with tempfile.TemporaryDirectory() as directory:
         for name in args.only:
-            flags = shlex.split(f"{FLAGS[args.device][name]} {QUICK[name] if args.quick else ''}")
+            flags = shlex.split(f"{FLAGS[args.device].get(name, '')} {QUICK[name] if args.quick else ''}")
             if name == "fineweb" and not args.source:
                 args.source = [f"{directory}/documents.parquet"]
                 write_documents(*args.source)
