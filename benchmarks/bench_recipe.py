@@ -52,7 +52,7 @@ def train(optimizer, rate, steps, seed, args):
         diverged = re.search(r"warning: step \d+, rank \d+: loss", done.stderr)
         loss = math.inf if diverged else final_loss(log_dir, steps)
         if loss is None:
-            sys.exit(f"error: the run in {log_dir} did not finish (status {done.returncode}): start this again to go on")
+            sys.exit(f"error: the run in {log_dir} ended early, with status {done.returncode}: start again to go on")
     taken = time.perf_counter() - start
     print(f"{optimizer}, rate {rate:g}, {steps} steps, seed {seed}: {loss:.4f} ({taken:.0f} s)", file=sys.stderr)
     return loss

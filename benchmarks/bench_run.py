@@ -1,7 +1,8 @@
 """
 train_gpt2.py as a user starts it: seconds from launch to the first step, tokens/s, memory, for some settings.
 
-    python benchmarks/bench_run.py -- --preset shakespeare                     # two CPU cores; two minutes
+    python prepare_shakespeare.py
+    python benchmarks/bench_run.py -- --preset shakespeare                     # two CPU cores; a minute
     python benchmarks/bench_run.py --device cuda -- --micro_batch_size 64      # GPT-2 124M on real tokens
     python benchmarks/bench_run.py --setting= --setting=--compile -- --preset shakespeare
 
