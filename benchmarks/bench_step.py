@@ -21,7 +21,7 @@ import resource
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +117,7 @@ def make_step(name, args):
         for p in model.parameters():
             p.data = p.data.to(device)
         for state in optimizer.state.values():
-            state.update({key: value.to(device) for key, value in state.items()})
+            state.update({key: value.to(device) for key, value in state.items() if value.dim()})
         torch.cuda.empty_cache()
 
     return step, park
@@ -145,14 +145,6 @@ def compete(pipe, name, args):
         pipe.send((0, 0, f"{type(error).__name__}: {error}".splitlines()[0].replace("|", "/")))
 
 
-def answer(pipe):
-    """What a contestant's process has sent, or that it is no more."""
-    try:
-        return pipe.recv()
-    except EOFError:
-        return 0, 0, "its process was killed"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name, default in (("n_layer", 12), ("n_head", 12), ("n_embd", 768)):
@@ -171,29 +163,38 @@ def main():
     usual = ["ours", "ours compiled"] if args.device == "cpu" else [name for name in PEERS if skipped not in name]
     chosen = args.only or usual
     names = [name for name in PEERS if name in chosen or any(name in PEERS[other][:1] for other in chosen)]
-    context, pipes, first, memory, failed = multiprocessing.get_context("spawn"), {}, {}, {}, {}
+    context, processes, pipes, first, memory, failed = multiprocessing.get_context("spawn"), {}, {}, {}, {}, {}
+
+    def answer(name):
+        """The seconds that a contestant says it took, beside its memory, or why it failed."""
+        try:
+            taken, memory[name], why = pipes[name].recv()
+        except (EOFError, OSError):
+            taken, why = 0, "its process was killed"
+        if why:
+            failed[name] = why
+            processes[name].join()  # its memory is free for the next one
+        return taken
+
     for name in names:  # one after the other: they compile and warm up alone
         print(f"starting {name}", file=sys.stderr, flush=True)
         pipes[name], theirs = context.Pipe()
-        context.Process(target=compete, args=(theirs, name, args), daemon=True).start()
+        processes[name] = context.Process(target=compete, args=(theirs, name, args), daemon=True)
+        processes[name].start()
         theirs.close()
-        first[name], _, why = answer(pipes[name])
-        if why:
-            failed[name] = why
+        first[name] = answer(name)
 
+    torch.set_float32_matmul_precision("high")  # as the contestants have it
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    peaks, seconds = [], {name: [] for name in first}
+    peaks, seconds = [], {name: [] for name in names}
     for _ in range(args.steps):
         peaks.append(train_gpt2.matmul_peak(device, dtype))
         torch.cuda.empty_cache()
         for name in [name for name in names if name not in failed]:
-            pipes[name].send(True)
-            taken, memory[name], why = answer(pipes[name])
-            seconds[name].append(taken)
-            if why:
-                failed[name] = why
-
-    for name in first.keys() - failed.keys():
+            with suppress(OSError):  # where it was killed meanwhile
+                pipes[name].send(True)
+            seconds[name].append(answer(name))
+    for name in set(names) - set(failed):
         pipes[name].send(False)
 
     tokens = args.grad_accum_steps * args.micro_batch_size * args.block_size
@@ -203,7 +204,7 @@ def main():
     what = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {what}, medians of {args.steps} steps of {tokens:,} tokens")
     print(f"matmul peak {statistics.median(peaks) / 1e12:.3g} TFLOP/s\n\n{HEADER}")
-    speed = {name: f"{tokens / statistics.median(seconds[name]):,.0f} tokens/s" for name in first if name not in failed}
+    speed = {name: f"{tokens / statistics.median(seconds[name]):,.0f} tokens/s" for name in names if name not in failed}
     shares = {name: [tokens * flops / s / p for s, p in zip(seconds[name], peaks, strict=True)] for name in speed}
     share = {name: f"{statistics.median(each):.0%}" for name, each in shares.items()}
     sizes = f"{N / 1e6:.0f}M, B={args.micro_batch_size}, T={args.block_size}, {args.dtype}"
@@ -218,7 +219,7 @@ def main():
             limit = f"{share[name]} of the matmul peak beside {share[peer]}, {memory[name] / 1e9:.2f} GB beside "
             limit += f"{memory[peer] / 1e9:.2f}, first step after {first[name]:.0f} s beside {first[peer]:.0f}"
             print(f"| {label} | {speed[name]} | {peer} {speed[peer]} | {ratio} | {limit} |")
-        if not any(peer in speed for peer in PEERS[name]) and PEERS[name]:
+        if PEERS[name] and not any(peer in speed for peer in PEERS[name]):
             limit = f"{share[name]} of the matmul peak, {memory[name] / 1e9:.2f} GB"
             print(f"| {label} | {speed[name]} | none: {PEERS[name][0]} failed | | {limit} |")
 

@@ -2,7 +2,7 @@
 One table of what the repository's scripts reach beside their peers, each row a ratio of things that took turns.
 
     python benchmarks/table.py                       # a quarter of an hour on two CPU cores
-    python benchmarks/table.py --device cuda         # about as long on one GPU
+    python benchmarks/table.py --device cuda         # one GPU
     python benchmarks/table.py --quick               # a tiny model: whether everything is there, in a minute
 
 Runs bench_step.py, bench_sample.py, bench_hellaswag.py and bench_fineweb.py one after another and joins the rows
