@@ -6,7 +6,8 @@ Compare the throughput of fineweb.py with the usual way to tokenise, and with ba
 In turns, --rounds times each, all with two processes that are running and warm before the clock starts:
 (a) fineweb.py: read parquet, tokenise, write shards; (b) multiprocessing.Pool.imap over the documents, which are in
 memory, 16 a task, through a Python list, an array, a range check and a conversion, into a shard's buffer and a file;
-(c) two processes that only encode documents they already hold. Prints the medians and a to b and a to c.
+(c) two processes that only encode documents they already hold. Prints the medians, and a to b and a to c round by
+round.
 """
 
 import argparse
@@ -25,6 +26,8 @@ import tiktoken
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import fineweb  # noqa: E402
+
+HEADER = "| what | here | peer | ratio (range) | of the limit |\n|---|---|---|---|---|"
 
 
 def plain_tokenize(text):
@@ -118,7 +121,13 @@ def main():
     for name, label in names.items():
         each = " ".join(f"{size / 1e6 / seconds:.2f}" for seconds in times[name])
         print(f"({name}) {label:20} {speed[name]:6.2f} MB/s   {number * speed[name] / size:5.2f}M tok/s   ({each})")
-    print(f"a / b = {speed['a'] / speed['b']:.2f}, a / c = {speed['a'] / speed['c']:.2f}")
+    ratio = {}
+    for name in "bc":
+        each = [b / a for a, b in zip(times["a"], times[name], strict=True)]
+        ratio[name] = f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+    here = f"{speed['a']:.1f} MB/s, {number * speed['a'] / size:.2f}M tokens/s"
+    peer, limit = f"Pool.imap {speed['b']:.1f} MB/s", f"{ratio['c']} of bare encoding"
+    print(f"\n{HEADER}\n| tokenising, 2 processes | {here} | {peer} | {ratio['b']} | {limit} |")
 
 
 if __name__ == "__main__":

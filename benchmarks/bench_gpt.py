@@ -4,8 +4,8 @@ gpt.py's training step against the same model with one small matmul a head and a
     python benchmarks/bench_gpt.py                     # the "full" preset; about 5 minutes on two CPU cores
     python benchmarks/bench_gpt.py --preset cpu --steps 50
 
-Prints the median seconds of each and the median of gpt.py's share of them, taken step by step in turn. The
-lecture also drops attention weights, which gpt.py does not: it is timed with and without that.
+Prints the median seconds of each and the ratio of their speeds, taken step by step in turn. The lecture also
+drops attention weights, which gpt.py does not: it is timed with and without that.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import gpt  # noqa: E402
+
+HEADER = "| what | here | peer | ratio (range) | of the limit |\n|---|---|---|---|---|"
 
 
 class Head(nn.Module):
@@ -85,7 +87,7 @@ def main():
     torch.set_float32_matmul_precision("high")
     preset = gpt.PRESETS[args.preset]
     config = argparse.Namespace(**preset, vocab_size=65, d_ff=0, activation="relu")
-    variants = {"gpt.py": None, "head by head": 0.0, "and dropping weights": config.dropout}
+    variants = {"gpt.py": None, "head by head": 0.0, "head by head, dropping weights": config.dropout}
     steps = {name: make_step(config, preset["batch_size"], device, dropout) for name, dropout in variants.items()}
     seconds = {name: [] for name in steps}
     for i in range(args.steps + 1):
@@ -94,10 +96,13 @@ def main():
             step()
             if i:  # the first step of each warms up
                 seconds[name].append(time.perf_counter() - start)
-    print(f"torch {torch.__version__}, {device}, preset {args.preset}, medians of {args.steps} steps")
-    for name, timings in seconds.items():
-        share = statistics.median(ours / theirs for ours, theirs in zip(seconds["gpt.py"], timings, strict=True))
-        print(f"{name:20s} {statistics.median(timings):8.3f} s a step, gpt.py takes {share:.2f} of it")
+    print(f"torch {torch.__version__}, {device}, medians of {args.steps} steps\n\n{HEADER}")
+    ours = seconds.pop("gpt.py")
+    for name, theirs in seconds.items():
+        ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        here, peer = f"{statistics.median(ours):.3f} s", f"{name} {statistics.median(theirs):.3f} s"
+        print(f"| gpt.py's step, preset {args.preset} | {here} | {peer} | {ratio} | |")
 
 
 if __name__ == "__main__":

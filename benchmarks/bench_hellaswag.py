@@ -3,14 +3,15 @@ hellaswag.py against the plain method: one example at a time, four rows of conte
 
     python benchmarks/bench_hellaswag.py                    # 124M, float32; about 3 minutes on two CPU cores
     python benchmarks/bench_hellaswag.py --examples 500     # 12 minutes
-    python benchmarks/bench_hellaswag.py --device cuda --examples 4000 --parts 4
+    python benchmarks/bench_hellaswag.py --device cuda --examples 10042 --parts 10
 
 The examples are spans of --source: contexts of 10 to 90 GPT-2 tokens, four endings of 5 to 60, one of them the
 true continuation. With --alike the endings of an example differ in length by a quarter at most from their middle,
 so that the plain method pads less. The model has random weights. The plain method runs transformers'
 GPT2LMHeadModel, in the same dtype on the same device. The two take turns with parts of the examples that are alike
-in length, as the batches of a whole run are. Printed are examples/s, their ratio, what it would be if products with
-weights alone took time and all the same, and how far losses and predictions agree.
+in length, as the batches of a whole run are. Printed are examples/s of all parts together, the ratio part by part,
+what it would be over all if products with weights alone took time and all the same, and how far losses and
+predictions agree.
 """
 
 import argparse
@@ -26,6 +27,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import hellaswag  # noqa: E402
+
+HEADER = "| what | here | peer | ratio (range) | of the limit |\n|---|---|---|---|---|"
 
 
 def make_examples(ids, enc, n, alike, seed=0):
@@ -72,7 +75,8 @@ def main():
     add("--parts", type=int, help="in which the methods take turns (one for 25 examples)")
     add("--alike", action="store_true", help="endings of an example that are alike in length (of any of 5 to 60)")
     add("--batch_tokens", type=int, help="as hellaswag.py's (2048 on a CPU, else 65536)")
-    add("--n_layer", type=int, default=12, help="of the model, whose other sizes follow: 12, 24, 36 or 48 (12)")
+    for name, default in (("n_layer", 12), ("n_head", 12), ("n_embd", 768)):
+        add(f"--{name}", type=int, default=default, help=f"of the model ({default})")
     add("--device", default="auto", help="auto, cpu, cuda, ... (auto)")
     add("--dtype", choices=list(hellaswag.DTYPES), help="of both (bfloat16 on GPUs that have it, else float32)")
     args = parser.parse_args()
@@ -83,8 +87,8 @@ def main():
         args.dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    width = {12: (12, 768), 24: (16, 1024), 36: (20, 1280), 48: (25, 1600)}[args.n_layer]
-    theirs = GPT2LMHeadModel(GPT2Config(n_layer=args.n_layer, n_head=width[0], n_embd=width[1])).eval()
+    config = GPT2Config(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
+    theirs = GPT2LMHeadModel(config).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.05)  # as spread out as a trained model's
     with tempfile.TemporaryDirectory() as directory:
@@ -112,28 +116,28 @@ def main():
             start = time.perf_counter()
             results[name] += method(part)  # lists of numbers: the device is done
             seconds[name].append(time.perf_counter() - start)
-    print(f"torch {torch.__version__}, {device}, {args.dtype}, {theirs.num_parameters():,} parameters")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
     lengths = [len(context) for *_, context, _ in examples], [len(e) for *_, endings in examples for e in endings]
     means = (f"{statistics.mean(part):.1f} ({min(part)} to {max(part)})" for part in lengths)
     print("{} examples, contexts of {} tokens, endings of {}".format(args.examples, *means))
-    for name, times in seconds.items():
-        speed = args.examples / sum(times)
-        print(f"{name:12s} {speed:8.2f} examples/s, {10042 / speed:8.1f} s for 10,042 of them")
-    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    ratio = sum(seconds["plain"]) / sum(seconds["hellaswag.py"])
-    middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-    print(f"ratio {ratio:.2f}, by parts {middle:.2f} ({low:.2f} to {high:.2f})")
     head = theirs.lm_head.weight.numel()
     body = theirs.num_parameters() - head - theirs.transformer.wpe.weight.numel()
     plain_cost = sum(4 * (len(context) + max(map(len, endings))) * (body + head) for *_, context, endings in examples)
     extra = [sum(len(ending) - 1 for ending in endings) for *_, endings in examples]  # tokens behind the context
     our_cost = sum((len(e[2]) + n) * body + (1 + n) * head for e, n in zip(examples, extra, strict=True))
-    print(f"ratio of the multiplications with weights {plain_cost / our_cost:.2f}")
     pairs = list(zip(results["plain"], results["hellaswag.py"], strict=True))
     for k, what in enumerate(("summed", "mean")):
         same = sum(a[k].index(min(a[k])) == b[k].index(min(b[k])) for a, b in pairs)
         worst = max(abs(x - y) for a, b in pairs for x, y in zip(a[k], b[k], strict=True))
         print(f"{what} losses: largest difference {worst:.1e} nats, {same} of {len(pairs)} predictions the same")
+    other, mine = (args.examples / sum(times) for times in seconds.values())
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    what = f"HellaSwag, {theirs.num_parameters() / 1e6:.0f}M, {args.examples:,} examples, {args.dtype}"
+    print(
+        f"\n{HEADER}\n| {what} | {mine:.2f} examples/s | transformers one by one {other:.2f} examples/s | {ratio} | "
+        f"{plain_cost / our_cost:.2f} by multiplications alone, {same} of {len(pairs)} predictions the same |"
+    )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ Tokens per second of sample.py against transformers' generate with its cache, on
     python benchmarks/bench_sample.py --n_layer 24 --n_head 16 --n_embd 1024     # GPT-2 medium
 
 Both take the likeliest token, the end-of-text token does not stop them, and they take turns. Prints medians over
-the rounds, and the share of the limit that the memory sets: a step has to read all weights once and the keys and
-values of all samples, the time for which follows from the bandwidth measured here (the sum of a large tensor).
+the rounds, the ratio round by round, and the share of the limit that the memory sets: a step has to read all
+weights once and the keys and values of all samples, the time for which follows from the bandwidth measured here
+(the sum of a large tensor).
 """
 
 import argparse
@@ -22,6 +23,8 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import sample  # noqa: E402
+
+HEADER = "| what | here | peer | ratio (range) | of the limit |\n|---|---|---|---|---|"
 
 
 def wait(device):
@@ -86,27 +89,26 @@ def main():
                 if i:
                     rates[name, B].append(B * args.max_new_tokens / (time.perf_counter() - start))
             same[B] &= torch.equal(tokens["ours"], tokens["theirs"])
-            if i:
-                print(f"round {i}, batch {B}: " + ", ".join(f"{name} {rates[name, B][-1]:.1f}" for name in tokens))
         speeds.append(bandwidth(device))
 
     parameters = theirs.num_parameters() - theirs.transformer.wpe.weight.numel()
     mean_length = args.prompt_tokens + args.max_new_tokens / 2
     limit = max(speeds)
     print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {device}, {args.dtype}, "
-        f"{torch.get_num_threads()} threads, {theirs.num_parameters():,} parameters, "
-        f"{args.prompt_tokens} + {args.max_new_tokens} tokens"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {device}, "
+        f"{torch.get_num_threads()} threads, {args.prompt_tokens} + {args.max_new_tokens} tokens, "
+        f"medians of {args.rounds} rounds, tokens of all samples together\n\n{HEADER}"
     )
-    print(f"memory: {limit / 1e9:.1f} GB/s; medians of {args.rounds} rounds, tokens per second of all samples together")
     for B in args.batch_sizes:
         mine, other = (statistics.median(rates[name, B]) for name in ("ours", "theirs"))
-        ratio = statistics.median(a / b for a, b in zip(rates["ours", B], rates["theirs", B], strict=True))
+        ratios = [a / b for a, b in zip(rates["ours", B], rates["theirs", B], strict=True)]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         cached = 2 * B * args.n_layer * args.n_embd * mean_length  # numbers that a step reads from the cache
         share = (parameters + cached) * dtype.itemsize * mine / B / limit
+        what = f"sampling, {theirs.num_parameters() / 1e6:.0f}M, B={B}, {args.dtype}"
         print(
-            f"batch {B:3d}: sample.py {mine:8.1f}, transformers {other:8.1f}, ratio {ratio:.2f}; "
-            f"{share:.0%} of the memory's limit; ids {'equal' if same[B] else 'differ'}"
+            f"| {what} | {mine:,.1f} tokens/s | transformers' generate {other:,.1f} tokens/s | {ratio} | "
+            f"{share:.0%} of the memory's {limit / 1e9:.1f} GB/s, ids {'equal' if same[B] else 'DIFFER'} |"
         )
 
 
