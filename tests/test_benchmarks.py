@@ -41,27 +41,25 @@ def load_benchmark(name):
 
 
 # --------------------------------------------------------------------------------------- the table
-def test_table_joins_a_row_of_every_benchmark(tiktoken_cache):
-    done = benchmark("table", "--quick")
+def test_table_joins_the_rows_of_benchmarks(tiktoken_cache):
+    done = benchmark("table", "--quick", "--only", "sample", "hellaswag", "fineweb")
     assert done.returncode == 0, done.stderr
     found = rows(done.stdout)
-    assert [what.split(",")[0] for what, *_ in found] == [
-        *("training step", "sampling", "sampling", "HellaSwag", "tokenising")
-    ]
+    assert [what.split(",")[0] for what, *_ in found] == ["sampling", "sampling", "HellaSwag", "tokenising"]
     for _, here, peer, ratio, limit in found:
         assert re.match(r"[\d,.]+ \S+/s", here) and re.search(r" [\d,.]+ \S+/s$", peer) and limit
         assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", ratio)
     assert all("ids equal" in limit for what, *_, limit in found if what.startswith("sampling"))
-    assert "4 of 4 predictions the same" in found[3][-1]
+    assert "4 of 4 predictions the same" in found[2][-1]
     assert torch.__version__ in done.stdout.splitlines()[0]
 
 
 def test_table_has_a_row_for_a_benchmark_that_fails(tmp_path):
     """Without a network GPT-2's vocabulary cannot be fetched."""
-    done = benchmark("table", "--quick", "--only", "fineweb", "hellaswag", env={"TIKTOKEN_CACHE_DIR": str(tmp_path)})
+    done = benchmark("table", "--quick", "--only", "fineweb", env={"TIKTOKEN_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 1
-    assert [row[0] for row in rows(done.stdout)] == ["fineweb", "hellaswag"]
-    assert all(row[1].startswith("failed: exit status 1") and row[2:] == ["", "", ""] for row in rows(done.stdout))
+    (row,) = rows(done.stdout)
+    assert row[0] == "fineweb" and row[1].startswith("failed: exit status 1") and row[2:] == ["", "", ""]
 
 
 # ------------------------------------------------------------------------------- the training step
@@ -122,7 +120,7 @@ def test_bench_run_compares_settings(byte_shards):
     assert first[0] == "as it is" and first[-1] == "1.00" and muon[0] == "--optimizer muon --schedule linear"
     assert failed[1].startswith("failed: exit status 2")
     seconds, speed, share, memory, ratio = (float(cell.replace(",", "").rstrip("%")) for cell in muon[1:])
-    assert 0.5 < seconds < 100 and 0 < share < 200 and 0.05 < memory < 10  # torch alone takes longer, and more room
+    assert seconds > 0.5 and share > 0 and 0.05 < memory < 10  # torch's start alone takes longer, and more room
     assert ratio == pytest.approx(speed / float(first[2].replace(",", "")), abs=0.01)
 
 
