@@ -94,6 +94,7 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         ours = hellaswag.GPT(directory, device, hellaswag.DTYPES[args.dtype])
+    ours.pack()
     theirs.to(device, hellaswag.DTYPES[args.dtype])
     enc = hellaswag.get_tokenizer("gpt2")
     with open(args.source, encoding="utf-8") as file:

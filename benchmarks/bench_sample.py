@@ -63,13 +63,16 @@ def main():
     theirs = transformers.GPT2LMHeadModel(config).eval()
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
-        ours = sample.GPT(directory, device, dtype)
+        ours = {B: sample.GPT(directory, device, dtype) for B in args.batch_sizes}
+    for B in args.batch_sizes:
+        if B > 1:
+            ours[B].pack()
     theirs.to(device, dtype).generation_config.eos_token_id = None
     prompt = torch.randint(config.vocab_size, (1, args.prompt_tokens), device=device)
     pick, ids = partial(sample.choose, temperature=0), prompt[0].tolist()
 
     def run_ours(B):
-        return torch.stack([*sample.generate(ours, ids, B, args.max_new_tokens, pick)], dim=1)
+        return torch.stack([*sample.generate(ours[B], ids, B, args.max_new_tokens, pick)], dim=1)
 
     def run_theirs(B):
         idx = prompt.expand(B, -1)
