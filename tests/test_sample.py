@@ -150,6 +150,7 @@ def test_model_without_a_cache_takes_positions_and_masks(small):
 def test_greedy_samples_side_by_side_equal_one_alone(small):
     ours = sample.GPT(small[1])
     (alone,) = ids_of(ours, [1, 2, 3], 60)
+    ours.pack()
     assert ids_of(ours, [1, 2, 3], 60, num_samples=4) == [alone] * 4
 
 
