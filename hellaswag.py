@@ -197,7 +197,7 @@ def read_hellaswag(path, enc, size=None):
                 types = [type(label), type(context), type(endings), *map(type, endings)]
                 if types != [int, str, list, str, str, str, str] or label not in range(4) or not context:
                     raise ValueError(f"its 'label' must be 0 to 3, not {label!r}, its 'ctx' a text, its 'endings' four")
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"line {number} of {path} is no HellaSwag example: {error}") from None
             endings = [enc.encode_ordinary(f" {ending}") for ending in endings]
             examples.append((ind, label, enc.encode_ordinary(context), endings))

@@ -7,8 +7,8 @@ Lesson 3: pre-train GPT-2 (124M to 1.6B parameters) on one CPU, one GPU or many.
     torchrun --standalone --nproc_per_node=8 --max-restarts=3 train_gpt2.py --resume   # whatever happens
 
 Reads the token shards of --data_dir. Writes --log_dir: log.txt (a "step kind value" line for every
-figure) and step_NNNNNN/, checkpoints that transformers' AutoModelForCausalLM opens as they are. What a
-step learns from depends on the seed and the step alone, not on the number of processes.
+figure) and step_NNNNNN/, checkpoints that transformers' AutoModelForCausalLM opens as they are. Which
+windows a step learns from depends on the seed and the step alone, not on the number of processes.
 Expect a loss of about ln(vocab_size) + n_embd * 0.02^2 / 2 at step 0 (10.98 for GPT-2 124M, 5.58 for
 --preset shakespeare, which ends at 1.67 nats a byte), and about 3.29 on FineWeb-Edu after 19,073 steps.
 """
@@ -510,7 +510,7 @@ def read_hellaswag(path, enc, size=None):
                 types = [type(label), type(context), type(endings), *map(type, endings)]
                 if types != [int, str, list, str, str, str, str] or label not in range(4) or not context:
                     raise ValueError(f"its 'label' must be 0 to 3, not {label!r}, its 'ctx' a text, its 'endings' four")
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"line {number} of {path} is no HellaSwag example: {error}") from None
             endings = [enc.encode_ordinary(f" {ending}") for ending in endings]
             examples.append((ind, label, enc.encode_ordinary(context), endings))
@@ -691,6 +691,7 @@ def try_compile(device):
         torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
     except Exception as error:  # its parts fail in many ways
         return " ".join(str(error).split("\n\n")[0].split())
+    return None
 
 
 def keep_freed_memory():
@@ -818,6 +819,13 @@ def open_log(args, meta, step):
     """
     path, kept = f"{args.log_dir}/log.txt", []
     try:
+        for later in list_checkpoints(args.log_dir) if args.resume not in (None, "newest") else []:
+            if (
+                int(later.rpartition("_")[2]) > step
+            ):  # the run goes another way from here: they are not its own any more
+                former = f"{args.log_dir}/former_{os.path.basename(later)}"
+                shutil.rmtree(former, ignore_errors=True)
+                os.rename(later, former)
         for entry in os.scandir(args.log_dir):
             if entry.name.startswith("tmp_step_"):
                 shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)
@@ -1073,8 +1081,6 @@ def main():
     if world_size > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    if args.micro_batch_size is None and device.type != "cuda":
-        args.micro_batch_size = 16 if args.preset == "shakespeare" else 4
     micro_tokens = (args.micro_batch_size or 1) * args.block_size * world_size
     if args.total_batch_size % micro_tokens:
         sizes = f"--micro_batch_size {args.micro_batch_size or 1} * --block_size {args.block_size}"
@@ -1082,6 +1088,9 @@ def main():
         fail(f"--total_batch_size {args.total_batch_size} is not divisible by {whole}: change one of them")
     meta, train_windows, val_windows = open_data(args)
     identity = hashlib.sha256(repr((meta, train_windows.identity, val_windows.identity)).encode()).hexdigest()
+    windows_per_rank = args.total_batch_size // args.block_size // world_size
+    if args.micro_batch_size is None and device.type != "cuda":
+        args.micro_batch_size = math.gcd(windows_per_rank, 16 if args.preset == "shakespeare" else 4)
     args.data = f"{meta['tokenizer']}-{identity[:12]}"  # changes with the tokens or their order
 
     # Numbers: 16 bits in matmuls where the device is fast at them, float32 everywhere else.
@@ -1115,7 +1124,6 @@ def main():
     if args.compile and (why := try_compile(device)):
         args.compile = False
         notes.append(f"no torch.compile: {why}")
-    windows_per_rank = args.total_batch_size // args.block_size // world_size
     if world_size > 1:
         backend, store = "nccl" if device.type == "cuda" else "gloo", None
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store keeps dead processes' addresses at a restart
@@ -1206,7 +1214,7 @@ def main():
             if rank == 0 and not stopping:
                 log(step, hella=f"{acc_norm:.4f}")
                 say(f"step {step:5d} | HellaSwag acc_norm: {acc_norm:.4f}")
-        if rank == 0 and args.plot and (last_step or step % args.eval_interval == 0):
+        if rank == 0 and args.plot and (last_step or stopping or step % args.eval_interval == 0):
             draw_curves(args.log_dir)
         if last_step or stopping:
             save(step)
@@ -1236,20 +1244,21 @@ def main():
         totals = torch.stack((loss, norm, torch.full_like(loss, bool(stop)))) / world_size
         if world_size > 1:
             dist.all_reduce(totals)  # all ranks agree on the loss, and on stopping
-        for optimizer in optimizers:
-            scaler.step(optimizer)
+        if not scaler.is_enabled() or math.isfinite(norm):  # a gradient that overflows float16 moves no parameter
+            for optimizer in optimizers:
+                scaler.step(optimizer)
         scaler.update()
         raw_model.zero_grad(set_to_none=True)
-        mean_loss, norm, stopping = totals.tolist()  # the one wait for the device in a step
+        mean_loss, norm, stopping = totals.tolist()  # the one wait for the device in a step, but for float16's
         dt = time.perf_counter() - start
         if not math.isfinite(mean_loss + norm):
-            if not scaler.is_enabled():
+            if not scaler.is_enabled() or not math.isfinite(mean_loss):
                 if rank == 0 or not math.isfinite(loss.item()):
                     indices = [index for micro_step in micro_steps for index in windows_of(micro_step)]
                     places = [(train_windows.paths[shard], at) for shard, at in map(train_windows.locate, indices)]
                     warn(f"step {step}, rank {rank}: loss {loss.item()}, norm {norm} on (shard, offset) {places}")
-                sys.exit(1)  # without saving: the newest checkpoint is good
-            skipped_steps += 1  # float16 overflowed: the scaler skipped this step and scales less
+                sys.exit(1)  # without saving: the newest checkpoint is from before this loss
+            skipped_steps += 1  # float16 overflowed: the scaler scales less from here on
             log(step, skipped=skipped_steps)
         tokens_per_second = args.total_batch_size / dt
         log(step, train=f"{mean_loss:.6f}", lr=f"{lr:.4e}", norm=f"{norm:.4f}", **{"tok/s": f"{tokens_per_second:.1f}"})
@@ -1282,7 +1291,7 @@ if __name__ == "__main__":
             raise error
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             cause = str(error).partition(". ")[0]
-            if os.environ["RANK"] in "01":  # not all of them, and not the first alone: it may be the dead one
+            if os.environ["RANK"] in ("0", "1"):  # not all of them, and not the first alone: it may be the dead one
                 say(f"error: rank {os.environ['RANK']} lost another ({cause}): --resume goes on", file=sys.stderr)
         elif not isinstance(error, SystemExit):
             sys.excepthook(*sys.exc_info())

@@ -35,7 +35,8 @@ def final_loss(log_dir, steps):
         return None
     with open(f"{log_dir}/log.txt", encoding="utf-8") as file:
         found = re.search(rf"^{steps} val (\S+)$", file.read(), re.M)
-    return float(found[1]) if found else None
+    loss = float(found[1]) if found else None
+    return math.inf if loss is not None and math.isnan(loss) else loss
 
 
 def train(optimizer, rate, steps, seed, args):

@@ -19,6 +19,7 @@ import argparse
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def main():
     parser.add_argument("--setting", action="append", metavar="FLAGS", help=setting)
     parser.add_argument("flags", nargs="*", help="flags of train_gpt2.py for all runs, after --")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     if args.skip >= args.steps:
         parser.error(f"--skip {args.skip} leaves none of --steps {args.steps}")
     never = args.steps + 1

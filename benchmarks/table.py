@@ -14,6 +14,7 @@ vocabulary (a network, or TIKTOKEN_CACHE_DIR). A benchmark that fails is a row t
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,6 +72,7 @@ def main():
     parser.add_argument("--data_dir", help="token shards for the training step (random tokens)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: the figures mean nothing")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     rows, failed = [], False
     with tempfile.TemporaryDirectory() as directory:
         for name in args.only:

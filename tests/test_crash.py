@@ -393,15 +393,34 @@ def test_loss_that_is_none_on_one_of_two_ranks_ends_both(byte_shards, tmp_path, 
     assert [code for code, *_ in resumed.wait()] == [0, 0]
 
 
-def test_float16_skips_a_step_that_overflows_and_counts_it(byte_shards, tmp_path):
-    flags = ["--dtype", "float16", "--checkpoint_interval", 1, "--keep_checkpoints", 0]
-    done = train(byte_shards, tmp_path / "log", *flags, prepare=no_number(2, float("inf")))
+def overflow(module, rank):
+    """For prepare: the gradient of one parameter, which AdamW has with either optimizer, is inf at step 2."""
+    forward, calls = module.GPT.forward, []
+
+    def wrong(self, idx, targets=None):
+        if self.training:
+            calls.append(self.ln_f.weight.register_hook(lambda grad: grad * (float("inf") if len(calls) == 3 else 1)))
+        return forward(self, idx, targets)
+
+    module.GPT.forward = wrong
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_skips_a_step_that_overflows_and_counts_it(optimizer, byte_shards, tmp_path):
+    flags = ["--dtype", "float16", "--checkpoint_interval", 1, "--keep_checkpoints", 0, "--optimizer", optimizer]
+    done = train(byte_shards, tmp_path / "log", *flags, prepare=overflow)
     assert (done.returncode, done.stderr) == (0, "")
     assert weights(tmp_path / "log", 2) == weights(tmp_path / "log", 3) != weights(tmp_path / "log", 4)
     skipped = {key: value for key, value in read_log(tmp_path / "log").items() if key[1] == "skipped"}
     assert skipped == {(2, "skipped"): "1"}
     scaler = [torch.load(tmp_path / "log" / f"step_00000{i}" / "trainer.pt")["scaler"]["scale"] for i in (2, 3)]
     assert scaler[1] == scaler[0] / 2
+
+
+def test_float16_stops_at_a_loss_that_no_scale_mends(byte_shards, tmp_path):
+    done = train(byte_shards, tmp_path / "log", "--dtype", "float16", prepare=no_number(2, float("inf")))
+    assert done.returncode == 1 and "step 2" in done.stderr and "loss inf" in done.stderr
+    assert not list((tmp_path / "log").glob("step_*"))
 
 
 # ---------------------------------------------------------------------------------- damaged files

@@ -368,6 +368,24 @@ def test_resume_cleans_up_what_a_crash_left(byte_shards, tmp_path):
     ]
 
 
+def test_resume_from_an_earlier_checkpoint_sets_the_later_ones_aside(same_steps, byte_shards, tmp_path):
+    flags = ["--checkpoint_interval", 2, "--keep_checkpoints", 1]
+    train(byte_shards, tmp_path / "log", *flags[:2])
+    train(byte_shards, tmp_path / "log", *flags, "--resume", tmp_path / "log" / "step_000002", "--max_hours", 1e-9)
+    assert checkpoints(tmp_path / "log") == ["former_step_000004", "former_step_000005", "step_000003"]
+    train(byte_shards, tmp_path / "log", *flags, "--resume")
+    assert checkpoints(tmp_path / "log")[2:] == ["step_000005"]
+    assert losses(tmp_path / "log") == losses(same_steps["at once"])
+
+
+def test_default_micro_batch_fits_whatever_a_process_has_of_the_batch(byte_shards, tmp_path):
+    flags = [*TINY[: TINY.index("--micro_batch_size")], *TINY[TINY.index("--micro_batch_size") + 2 :]]
+    done = call(
+        "train_gpt2", *flags, "--total_batch_size", 96, "--data_dir", byte_shards, "--log_dir", tmp_path / "log"
+    )
+    assert done.returncode == 0 and "96 tokens a step = 3 x 1 x 2 x 16" in done.stdout, done.stderr
+
+
 def test_resume_of_a_finished_run_changes_nothing(byte_shards, tmp_path):
     train(byte_shards, tmp_path / "log")
     before, figures = weights_file(tmp_path / "log").read_bytes(), read_log(tmp_path / "log")
