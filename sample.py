@@ -93,7 +93,7 @@ def read_pretrained(directory_or_name):
                 raise ValueError(f"{name} holds {tensors[name].dtype}, not floating-point numbers")
         if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
             raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{directory} holds no GPT-2: {error}") from None
     return config, {name: tensors[name] for name in shapes}
 

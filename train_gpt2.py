@@ -126,7 +126,7 @@ def read_pretrained(directory_or_name):
                 raise ValueError(f"{name} holds {tensors[name].dtype}, not floating-point numbers")
         if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
             raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{directory} holds no GPT-2: {error}") from None
     return config, {name: tensors[name] for name in shapes}
 
@@ -814,15 +814,15 @@ def lock_run(log_dir):
 def open_log(args, meta, step):
     """log.txt, to append to, without the lines from step on or cut in the middle; exits if it cannot be written.
 
-    Writes run.json, the flags and where the data are from, and removes the checkpoints that a crash left
-    half-written: a full disk may need the room.
+    Writes run.json, the flags and where the data are from, sets aside the checkpoints after the one that --resume
+    names, and removes those that a crash left half-written: a full disk may need the room.
     """
     path, kept = f"{args.log_dir}/log.txt", []
     try:
         for later in list_checkpoints(args.log_dir) if args.resume not in (None, "newest") else []:
             if (
                 int(later.rpartition("_")[2]) > step
-            ):  # the run goes another way from here: they are not its own any more
+            ):  # from here the run goes another way, and would take it for its own
                 former = f"{args.log_dir}/former_{os.path.basename(later)}"
                 shutil.rmtree(former, ignore_errors=True)
                 os.rename(later, former)
