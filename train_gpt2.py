@@ -819,13 +819,11 @@ def open_log(args, meta, step):
     """
     path, kept = f"{args.log_dir}/log.txt", []
     try:
-        for later in list_checkpoints(args.log_dir) if args.resume not in (None, "newest") else []:
-            if (
-                int(later.rpartition("_")[2]) > step
-            ):  # from here the run goes another way, and would take it for its own
-                former = f"{args.log_dir}/former_{os.path.basename(later)}"
-                shutil.rmtree(former, ignore_errors=True)
-                os.rename(later, former)
+        passed = list_checkpoints(args.log_dir) if args.resume not in (None, "newest") else []
+        for later in [path for path in passed if int(path.rpartition("_")[2]) > step]:
+            former = f"{args.log_dir}/former_{os.path.basename(later)}"  # the run goes another way from here
+            shutil.rmtree(former, ignore_errors=True)
+            os.rename(later, former)
         for entry in os.scandir(args.log_dir):
             if entry.name.startswith("tmp_step_"):
                 shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)
