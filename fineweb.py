@@ -484,7 +484,16 @@ def run(args):
     print(f"rank {args.rank} is done: when all {args.world_size} are, run --finish --local_dir {directory}")
 
 
+def end_at_ctrl_c(number, frame):
+    """The handler of SIGINT: ends at once, as a run may at any moment; an exception can get lost in a library."""
+    for process in multiprocessing.active_children():
+        process.kill()
+    os.write(2, b"interrupted: the same command continues\n")
+    os._exit(130)
+
+
 def main():
+    signal.signal(signal.SIGINT, end_at_ctrl_c)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
     add, env = parser.add_argument, os.environ.get
@@ -524,9 +533,6 @@ def main():
     except OSError as error:
         again = "what is finished stays and the same command continues, on a full disk after making room"
         fail(f"{error}: {again}" if error.errno and not args.verify else str(error))  # ours say what to do
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
