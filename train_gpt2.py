@@ -2034,7 +2034,7 @@ def peak_flops(device, dtype, world_size):
     if device.type != "cuda":
         return None
     gpu_name = torch.cuda.get_device_name(device)
-    if "Laptop" in gpu_name:  # slower than the card of the same name
+    if re.search(r"\b(Laptop|Ti|D)\b", gpu_name):  # another chip than that of the card of the same name
         return None
     for name, peak_16_bit, peak_32_bit in PEAK_FLOPS:
         if re.search(rf"\b{name}\b", gpu_name):
