@@ -269,7 +269,7 @@ class GPT(nn.Module):
         # Add what the files do not contain, and drop positions that are not needed.
         padding = model.wte.weight[config.vocab_size :].detach()
         weights["wte.weight"] = torch.cat((weights["wte.weight"].float(), padding))
-        if "wpe.weight" in weights and len(weights["wpe.weight"]) == saved["n_positions"]:
+        if "wpe.weight" in weights and weights["wpe.weight"].shape[:1] == (saved["n_positions"],):
             weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
         try:
             model.load_state_dict(weights, strict=True)
@@ -408,8 +408,13 @@ def read_weights(directory, config):
     buffers = (".attn.bias", ".attn.masked_bias")
     weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
     embedding = weights.get("wte.weight")
+    if embedding is None or embedding.shape[1:] != (config["n_embd"],) or len(embedding) < config["vocab_size"]:
+        raise ValueError(
+            f"{directory} does not match its config.json: wte.weight must have at least {config['vocab_size']} rows "
+            f"of {config['n_embd']} numbers"
+        )
     head = weights.pop("lm_head.weight", embedding)
-    if embedding is None or (head is not embedding and not torch.equal(head, embedding)):
+    if head is not embedding and not torch.equal(head, embedding):
         raise ValueError(f"{directory}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding")
     for name, weight in weights.items():
         if not weight.is_floating_point():
