@@ -576,7 +576,10 @@ def read_data_set(data_dir):
     # Read meta.json. Files whose names begin with a dot are the operating system's (macOS writes ._NAME.npy).
     names = sorted(name for name in os.listdir(data_dir) if not name.startswith("."))
     if os.path.lexists(f"{data_dir}/meta.json"):
-        meta = read_meta(data_dir)
+        try:
+            meta = read_meta(data_dir)
+        except ValueError as error:
+            raise ValueError(f"{error}: regenerate the shards") from None
     elif any(re.fullmatch(r"state_\d+\.json", name) for name in names):
         raise ValueError(f"--data_dir {data_dir} is not finished: run the same fineweb.py command again")
     else:
