@@ -1,6 +1,5 @@
 """train_gpt2.py's data: which directories it accepts, windows and their order, faults of files."""
 
-import contextlib
 import json
 import os
 import signal
@@ -10,7 +9,19 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, call, load, losses, read_windows, tiny_flags, write_bin, write_data_set, write_npy
+from conftest import (
+    ROOT,
+    TINY,
+    call,
+    load,
+    losses,
+    pretend_to_be_a_rank,
+    read_windows,
+    tiny_flags,
+    write_bin,
+    write_data_set,
+    write_npy,
+)
 
 train_gpt2 = load("train_gpt2")
 GPT2_VOCAB = 50257  # large enough that each token of a small data set can be unique and tells its place
@@ -88,11 +99,7 @@ def test_splits_do_not_mix(tmp_path):
 
 
 def train_as_rank(monkeypatch, directory, log_dir, rank, world_size, micro_batch_size):
-    """Run four steps of main() as one of several ranks. Returns the micro-batches it trained on, as lists of rows.
-
-    There are no other ranks: collectives do nothing, so the weights mean nothing, but the data is what this rank
-    would read.
-    """
+    """Run four steps of main() as one of several ranks. Returns the micro-batches it trained on, as lists of rows."""
     module = load("train_gpt2")
     micro_batches = []
 
@@ -107,27 +114,8 @@ def train_as_rank(monkeypatch, directory, log_dir, rank, world_size, micro_batch
                 micro_batches.append(windows.tolist())
             return windows
 
-    class SingleProcessDDP:
-        def __init__(self, model, **options):
-            self.model = model
-            self.train = model.train
-            self.no_sync = contextlib.nullcontext
-
-        def __call__(self, *args):
-            return self.model(*args)
-
-    def do_nothing(*args, **options):
-        pass
-
     module.TokenDataset = RecordingDataset
-    module.DDP = SingleProcessDDP
-    for name in ("init_process_group", "all_reduce", "broadcast_object_list", "destroy_process_group"):
-        monkeypatch.setattr(module.dist, name, do_nothing)
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, str(rank))
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "1")
+    pretend_to_be_a_rank(monkeypatch, module, rank, world_size)
     flags = tiny_flags(total_batch_size=12 * 16, micro_batch_size=micro_batch_size, max_steps=4, max_new_tokens=1)
     done = call(module, *flags, "--data_dir", directory, "--log_dir", log_dir)
     assert done.returncode == 0, done.stderr
@@ -276,7 +264,14 @@ def test_directories_of_other_projects_train_as_our_own_shards_do(tmp_path):
     logs = []
     for name in ("ours", "build-nanogpt", "llm.c"):
         log_dir = tmp_path / f"log_{name}"
-        done = call("train_gpt2", *tiny_flags(max_steps=3, max_new_tokens=1), "--data_dir", tmp_path / name, "--log_dir", log_dir)
+        done = call(
+            "train_gpt2",
+            *tiny_flags(max_steps=3, max_new_tokens=1),
+            "--data_dir",
+            tmp_path / name,
+            "--log_dir",
+            log_dir,
+        )
         assert done.returncode == 0, done.stderr
         logs.append((losses(log_dir), losses(log_dir, "val")))
     assert len(logs[0][0]) == 3
