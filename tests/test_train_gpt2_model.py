@@ -1,6 +1,5 @@
 """train_gpt2.py's model and optimizers, compared with transformers' GPT2LMHeadModel and PyTorch's optimizers."""
 
-import contextlib
 import json
 import math
 
@@ -612,7 +611,9 @@ def test_the_peak_of_a_gpu_is_that_of_its_data_sheet(monkeypatch, gpu_name, peak
     assert peak_tflops(monkeypatch, gpu_name, "bfloat16", world_size=8) == pytest.approx(8 * peak_16_bit)
 
 
-@pytest.mark.parametrize("gpu_name, peak_16_bit, peak_32_bit", [("Tesla T4", 65, 8.1), ("Tesla V100-SXM2-16GB", 125, 15.7)])
+@pytest.mark.parametrize(
+    "gpu_name, peak_16_bit, peak_32_bit", [("Tesla T4", 65, 8.1), ("Tesla V100-SXM2-16GB", 125, 15.7)]
+)
 def test_older_gpus_have_no_peak_in_bfloat16(monkeypatch, gpu_name, peak_16_bit, peak_32_bit):
     assert peak_tflops(monkeypatch, gpu_name, "float16") == pytest.approx(peak_16_bit)
     assert peak_tflops(monkeypatch, gpu_name, "float32") == pytest.approx(peak_32_bit)
@@ -633,13 +634,17 @@ def test_the_peak_of_a_cpu_is_unknown():
 def test_a_gpu_uses_bfloat16_where_its_hardware_has_it(monkeypatch):
     calls = []
 
-    def is_bf16_supported(including_emulation=True):
-        calls.append(including_emulation)
-        return supported
+    def set_hardware(has_bfloat16):
+        def is_bf16_supported(including_emulation=True):
+            calls.append(including_emulation)
+            return has_bfloat16
 
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    for supported, expected in ((True, "bfloat16"), (False, "float16")):
-        assert train_gpt2.default_dtype(torch.device("cuda"), 768)[0] == expected
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+
+    set_hardware(has_bfloat16=True)
+    assert train_gpt2.default_dtype(torch.device("cuda"), 768)[0] == "bfloat16"
+    set_hardware(has_bfloat16=False)
+    assert train_gpt2.default_dtype(torch.device("cuda"), 768)[0] == "float16"
     assert calls == [False, False]  # emulated bfloat16 is slow
 
 

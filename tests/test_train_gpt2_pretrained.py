@@ -90,9 +90,7 @@ def test_names_without_a_prefix_and_stored_masks_load(tmp_path):
 
 def test_a_stored_head_that_equals_the_embedding_loads(tmp_path):
     theirs = reference(tmp_path)
-    change_weights(
-        tmp_path, lambda tensors: {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()}
-    )
+    change_weights(tmp_path, lambda tensors: {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()})
     assert_same_logits(tmp_path, theirs)
 
 
@@ -255,7 +253,9 @@ def test_a_directory_without_a_complete_gpt2_is_refused(tmp_path, damage, needle
     elif damage == "a tensor is not known":
         change_weights(tmp_path, lambda tensors: {**tensors, needle: torch.zeros(3)})
     elif damage == "a tensor of integers":
-        change_weights(tmp_path, lambda tensors: {**tensors, "transformer.ln_f.bias": torch.zeros(32, dtype=torch.int8)})
+        change_weights(
+            tmp_path, lambda tensors: {**tensors, "transformer.ln_f.bias": torch.zeros(32, dtype=torch.int8)}
+        )
     elif damage == "no embedding":
         change_weights(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if "wte" not in n})
     elif damage == "another model type":
