@@ -133,6 +133,22 @@ class GPTConfig:
     tokenizer: str = "gpt2"  # the tokenizer that the token ids belong to: "gpt2" or "bytes"
 
 
+def cross_entropy(logits, targets):
+    """Return the mean cross-entropy in nats of logits (N, V) and targets (N,), computed in float32.
+
+    The same as F.cross_entropy(logits.float(), targets), a few rows at a time on CPUs: the C library returns
+    tensors of more than 32 MiB to the operating system when they are freed. Getting the memory back, page by
+    page, takes several times as long as the computation. A GPU's memory is reused, so one chunk is best there.
+    """
+    chunk_size = len(logits)
+    if logits.device.type == "cpu":
+        chunk_size = max(1, 2**22 // logits.shape[1])  # rows of 16 MiB in float32
+    loss = 0.0
+    for chunk, chunk_targets in zip(logits.split(chunk_size), targets.split(chunk_size), strict=True):
+        loss = loss + F.cross_entropy(chunk.float(), chunk_targets, reduction="sum")
+    return loss / len(targets)
+
+
 class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019).
 
@@ -189,9 +205,7 @@ class GPT(nn.Module):
         logits = F.linear(x, self.wte.weight, self.head_bias)  # (B, T, C) -> (B, T, padded vocab_size)
         if targets is None:
             return logits[..., : self.config.vocab_size], None
-        # Softmax and logarithm need float32, also under autocast.
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return None, loss
+        return None, cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, generator, top_k=50):
