@@ -297,6 +297,21 @@ def test_the_loss_is_computed_in_float32_under_autocast():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 4, 9])
+def test_the_loss_of_a_few_rows_at_a_time_equals_that_of_all_rows(num_rows, dtype):
+    """A vocabulary of a million tokens makes chunks of four rows on a CPU."""
+    logits = (4 * torch.randn(num_rows, 2**20)).to(dtype).requires_grad_()
+    targets = torch.randint(2**20, (num_rows,))
+    loss = train_gpt2.cross_entropy(logits, targets)
+    (grad,) = torch.autograd.grad(loss, logits)
+    expected = torch.nn.functional.cross_entropy(logits.double(), targets)
+    (expected_grad,) = torch.autograd.grad(expected, logits)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
+
+
 def test_padding_rows_count_neither_in_the_loss_nor_in_the_logits():
     model = randomize(GPT(tiny_config()))
     idx, targets = torch.randint(257, (2, 3, 20))
