@@ -61,17 +61,22 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values of all heads
+        # one matmul computes the queries, keys and values of all heads
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        # mixes the outputs of the heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
-        # nh is the number of heads and hs the head size; in GPT-2 124M, C = 768 = nh * hs = 12 * 64.
+        # B is the batch size, T the sequence length and C the number of channels. nh is the number of heads
+        # and hs the size of a head: in GPT-2 124M, C = nh * hs = 12 * 64 = 768.
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
+        # The heads become a batch dimension, so that each head attends by itself.
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        # The fused kernel (FlashAttention) never stores the (T, T) attention matrix.
+        # softmax(q k^T / sqrt(hs)) v with the future masked out. The fused kernel (FlashAttention) never
+        # stores the (T, T) attention matrix, which makes it several times faster than separate matmuls.
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C): concatenate the heads
@@ -85,7 +90,7 @@ class MLP(nn.Module):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, n_inner)
-        self.activation = ACTIVATIONS[config.activation_function]
+        self.activation = ACTIVATIONS[config.activation_function]  # GPT-2: GELU, approximated with tanh
         self.c_proj = nn.Linear(n_inner, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -99,6 +104,8 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # Pre-norm: each sublayer normalizes its input, and the residual stream itself is never normalized, so
+        # that gradients flow through it unchanged.
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -126,6 +133,22 @@ class GPTConfig:
     tokenizer: str = "gpt2"  # the tokenizer that the token ids belong to: "gpt2" or "bytes"
 
 
+def cross_entropy(logits, targets):
+    """Return the mean cross-entropy in nats of logits (N, V) and targets (N,), computed in float32.
+
+    The same as F.cross_entropy(logits.float(), targets), a few rows at a time on CPUs: the C library returns
+    tensors of more than 32 MiB to the operating system when they are freed. Getting the memory back, page by
+    page, takes several times as long as the computation. A GPU's memory is reused, so one chunk is best there.
+    """
+    chunk_size = len(logits)
+    if logits.device.type == "cpu":
+        chunk_size = max(1, 2**22 // logits.shape[1])  # rows of 16 MiB in float32
+    loss = 0.0
+    for chunk, chunk_targets in zip(logits.split(chunk_size), targets.split(chunk_size), strict=True):
+        loss = loss + F.cross_entropy(chunk.float(), chunk_targets, reduction="sum")
+    return loss / len(targets)
+
+
 class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019).
 
@@ -137,12 +160,14 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        # The names are GPT-2's: wte and wpe are the embeddings of tokens and positions, h are the blocks.
         padded_vocab_size = math.ceil(config.vocab_size / 128) * 128
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        # a bias of -inf gives the padding rows a probability of zero
         head_bias = torch.zeros(padded_vocab_size)
         head_bias[config.vocab_size :] = -math.inf
         self.register_buffer("head_bias", head_bias, persistent=False)
@@ -168,18 +193,19 @@ class GPT(nn.Module):
         Returns (logits, None) with logits (B, T, vocab_size), or (None, loss) with the mean cross-entropy
         in nats over targets (B, T). Training never needs both, and the logits are the largest tensor.
         """
-        B, T = idx.shape
+        # embed the tokens and their positions
+        T = idx.shape[1]
         x = self.wte(idx) + self.wpe.weight[:T]  # (B, T, C) + (T, C) -> (B, T, C)
         x = self.drop(x)
+        # transform them in n_layer blocks
         for block in self.h:
             x = block(x)
         x = self.ln_f(x)
+        # compare the result with the embedding of each token
         logits = F.linear(x, self.wte.weight, self.head_bias)  # (B, T, C) -> (B, T, padded vocab_size)
         if targets is None:
             return logits[..., : self.config.vocab_size], None
-        # Softmax and logarithm need float32, also under autocast.
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return None, loss
+        return None, cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, generator, top_k=50):
@@ -191,7 +217,8 @@ class GPT(nn.Module):
         self.eval()
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :])  # (B, T, vocab_size)
-            logits = logits[:, -1].float()  # only the last position predicts the next token: (B, vocab_size)
+            logits = logits[:, -1].float()  # the last position predicts the next token: (B, vocab_size)
+            # sample one of the k most likely tokens
             top_logits, top_idx = logits.topk(min(top_k, logits.shape[-1]))  # (B, k), (B, k)
             probs = F.softmax(top_logits, dim=-1)
             choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1), an index into the k
@@ -207,6 +234,8 @@ class GPT(nn.Module):
 
     def save_pretrained(self, directory):
         """Write model.safetensors and config.json as transformers' GPT2LMHeadModel does, in float32."""
+        # Hugging Face's layout differs in three points: the padding rows, the orientation of the matrices
+        # and a prefix of the names.
         weights = {}
         for name, weight in self.state_dict().items():
             if name == "wte.weight":
@@ -246,6 +275,7 @@ class GPT(nn.Module):
         the stored value. Raises ValueError if there is no such model, or it is not a supported GPT-2.
         """
         directory = find_pretrained(name)
+        # config.json tells the shape of the model
         saved = read_config(directory)
         config = GPTConfig(
             vocab_size=saved["vocab_size"],
@@ -266,7 +296,7 @@ class GPT(nn.Module):
             )
         weights = read_weights(directory, saved)
         model = cls(config)
-        # Add what the files do not contain, and drop positions that are not needed.
+        # Add the padding rows, which the files do not contain, and drop the positions beyond block_size.
         padding = model.wte.weight[config.vocab_size :].detach()
         weights["wte.weight"] = torch.cat((weights["wte.weight"].float(), padding))
         if "wpe.weight" in weights and len(weights["wpe.weight"]) == saved["n_positions"]:
@@ -552,6 +582,7 @@ def read_data_set(data_dir):
             f"--data_dir {data_dir} does not exist: create it with python prepare_shakespeare.py (seconds) "
             "or python fineweb.py (hours)"
         )
+    # Read meta.json. Files whose names begin with a dot are the operating system's (macOS writes ._NAME.npy).
     names = sorted(name for name in os.listdir(data_dir) if not name.startswith("."))
     if os.path.lexists(f"{data_dir}/meta.json"):
         meta = read_meta(data_dir)
@@ -613,7 +644,7 @@ class TokenDataset:
     is counted from the start of training, so that a resumed run sees the same data on any number of
     processes. Memory: O(number of shards), plus one shard's permutation.
 
-    data_set is the dict of read_data_set. Raises ValueError if the split has no window.
+    data_set is the dict of read_data_set. Raises UserError if the split has no window.
     """
 
     def __init__(self, data_dir, split, data_set, block_size, seed, shuffle):
@@ -630,7 +661,7 @@ class TokenDataset:
         self.windows_per_shard = np.maximum(self.num_tokens - 1, 0) // block_size
         self.num_windows = int(self.windows_per_shard.sum())  # per epoch
         if self.num_windows == 0:
-            raise ValueError(
+            raise UserError(
                 f"{data_dir}: no {split} shard is longer than --block_size {block_size}: use a smaller --block_size"
             )
         self.open_shards = {}  # shard number -> memory-mapped tokens
@@ -640,17 +671,17 @@ class TokenDataset:
 
     @staticmethod
     def check_split(data_dir, split, shards):
-        """Raise ValueError if a split has no shards; the message says what the directory contains."""
+        """Raise UserError if a split has no shards; the message says what the directory contains."""
         if shards:
             return
         names = sorted(os.listdir(data_dir))
         if f"{split}.bin" in names:
-            raise ValueError(
+            raise UserError(
                 f"{data_dir}/{split}.bin looks like nanoGPT's format, which has no header: create shards "
                 "from the text with prepare_shakespeare.py or fineweb.py"
             )
         listing = ", ".join(names[:5]) or "nothing"
-        raise ValueError(
+        raise UserError(
             f"{data_dir} contains no shard named *_{split}.bin, *_{split}_000000.npy or similar, "
             f"but {listing}: regenerate the shards, or pass another --data_dir"
         )
@@ -658,6 +689,7 @@ class TokenDataset:
     def locate(self, index):
         """Return (shard number, offset of the first token) of the window with this index."""
         epoch, index = divmod(index, self.num_windows)
+        # the order of the shards in this epoch, which most calls find as the last call left it
         if epoch != self.epoch:
             order = np.arange(len(self.paths))
             if self.shuffle:
@@ -665,6 +697,7 @@ class TokenDataset:
             self.epoch = epoch
             self.shard_order = order
             self.shard_ends = np.cumsum(self.windows_per_shard[order])  # windows up to each shard's end
+        # the shard that contains the index-th window of the epoch, then the window in that shard
         place = int(np.searchsorted(self.shard_ends, index, side="right"))
         shard = int(self.shard_order[place])
         window = index - int(self.shard_ends[place] - self.windows_per_shard[shard])
@@ -687,6 +720,7 @@ class TokenDataset:
         """
         if shard not in self.open_shards:
             path = self.paths[shard]
+            # the file may have changed since read_data_set saw it
             try:
                 tokens = load_shard(path)
                 if len(tokens) != self.num_tokens[shard]:
@@ -697,7 +731,8 @@ class TokenDataset:
             except (OSError, ValueError) as error:
                 raise DataError(f"{error}: regenerate it, then continue with --resume") from None
             self.verified.add(shard)
-            if len(self.open_shards) == 16:  # close the shard that was opened first
+            # keep 16 files open: close the one that was opened first
+            if len(self.open_shards) == 16:
                 self.open_shards.pop(next(iter(self.open_shards)))
             self.open_shards[shard] = tokens
         return self.open_shards[shard]
@@ -715,7 +750,8 @@ class TokenDataset:
         for index in indices:
             shard, start = self.locate(index)
             window = self.open_shard(shard)[start : start + self.block_size + 1]
-            try:  # read_data_set looked only at the beginning of the shard
+            # read_data_set looked only at the beginning of the shard
+            try:
                 check_token_ids(window, self.vocab_size, self.paths[shard])
             except ValueError as error:
                 raise DataError(f"{error}, then continue with --resume") from None
@@ -737,10 +773,27 @@ def load_batch(dataset, indices, device):
     return windows[:, :-1], windows[:, 1:]
 
 
-def micro_batch_indices(micro_step, micro_batch_size, rank, world_size):
-    """Return the indices of the windows that this rank takes in a micro-step, counted from the start."""
-    first = (micro_step * world_size + rank) * micro_batch_size
-    return range(first, first + micro_batch_size)
+class BatchLoader:
+    """Loads this rank's micro-batches of the training data onto the device.
+
+    Micro-steps are counted from the start of training. In each of them every rank takes micro_batch_size windows.
+    """
+
+    def __init__(self, dataset, micro_batch_size, rank, world_size, device):
+        self.dataset = dataset
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+
+    def indices(self, micro_step):
+        """Return the indices of the windows that this rank takes in a micro-step."""
+        first = (micro_step * self.world_size + self.rank) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+    def load(self, micro_step):
+        """Return inputs and targets, each (micro_batch_size, T)."""
+        return load_batch(self.dataset, self.indices(micro_step), self.device)
 
 
 # ------------------------------------------------------------------------------------ optimizer
@@ -766,12 +819,9 @@ def get_linear_lr(step, learning_rate, warmup_steps, max_steps):
 
     The decay takes the last 60 % of the steps, as in modded-nanogpt's recipes for Muon.
     """
-    decay_steps = 0.6 * max_steps
-    if step < warmup_steps:
-        warmup = (step + 1) / warmup_steps
-    else:
-        warmup = 1.0
-    decay = (max_steps - step) / decay_steps
+    # factors that reach 1 at the end of the warmup, and leave 1 at the beginning of the decay
+    warmup = (step + 1) / max(1, warmup_steps)
+    decay = (max_steps - step) / (0.6 * max_steps)
     return learning_rate * min(1.0, warmup, decay)
 
 
@@ -813,6 +863,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """Update all parameters from their gradients."""
         group = self.param_groups[0]
+        # compute each matrix's update, and stack updates of equal shape
         stacks = {}  # shape of a matrix -> [(parameter, updates of its parts)]
         for parameter in group["params"]:
             state = self.state[parameter]
@@ -824,6 +875,7 @@ class Muon(torch.optim.Optimizer):
             update = update.view(self.num_parts[parameter], -1, parameter.shape[1])  # (parts, out, in)
             stacks.setdefault(update.shape[1:], []).append((parameter, update))
 
+        # orthogonalize each stack, and apply its updates
         for shape, members in stacks.items():
             updates = torch.cat([update for _, update in members])  # (matrices, out, in)
             updates = self.orthogonalize_in_parallel(updates)
@@ -856,14 +908,17 @@ def orthogonalize(x):
     """
     if x.device.type == "cuda":
         x = x.bfloat16()
+    # x x^T is smaller than x^T x if x has fewer rows than columns
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
-        x = x.mT  # x @ x.mT is then the smaller one of the two products
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
+        x = x.mT
+    # the iteration needs singular values of at most 1, and the norm is at least the largest of them
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
+        # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
         gram = x @ x.mT  # (N, m, m)
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, polynomial, x, beta=3.4445)  # 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return x.mT if is_tall else x
 
 
@@ -874,11 +929,13 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, device, 
     pulling them to zero would only limit what the model can express.
     """
     optimizers = []
+    # Muon takes the matrices of the blocks
     muon_parameters = set()
     if optimizer == "muon":
         muon = Muon(model.h, learning_rate, weight_decay, rank, world_size)
         muon_parameters = set(muon.num_parts)
         optimizers.append(muon)
+    # AdamW takes the other parameters, in two groups
     parameters = [parameter for parameter in model.parameters() if parameter not in muon_parameters]
     groups = [
         {"params": [p for p in parameters if p.dim() == 2], "weight_decay": weight_decay},
@@ -892,8 +949,9 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, device, 
 
 def clip_gradients(model, optimizers, scaler, grad_clip):
     """Clip the norm of all gradients together to grad_clip. Returns the norm before clipping, a tensor."""
+    # float16 only: divide the gradients by the factor that the loss was multiplied with
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)  # float16 only: divide by the factor that the loss was multiplied with
+        scaler.unscale_(optimizer)
     return nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
 
 
@@ -921,8 +979,10 @@ def evaluate(model, raw_model, dataset, val_tokens, batch_size, rank, world_size
     """
     raw_model.eval()
     dataset.check_open_shards()
+    # at least one window, at most the whole split
     num_windows = max(1, min(val_tokens // dataset.block_size, dataset.num_windows))
     total = torch.zeros((), device=device)
+    # the ranks take turns: rank r evaluates the batches r, r + world_size, ...
     for first in range(rank * batch_size, num_windows, world_size * batch_size):
         if stop.reason:
             break
@@ -947,6 +1007,7 @@ def load_hellaswag(path, block_size):
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path} is missing: create it with python hellaswag.py --prepare")
+    # damaged files raise many types of errors
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in ("tokens", "context_length", "length", "label")}
@@ -954,7 +1015,7 @@ def load_hellaswag(path, block_size):
         shapes = [data[name].shape for name in ("context_length", "length", "label")]
         if num_endings != 4 or shapes != [(N,), (N, 4), (N,)] or data["length"].max() > T:
             raise ValueError("the shapes of its arrays do not fit together")
-    except Exception as error:  # damaged files raise many types of errors
+    except Exception as error:
         raise ValueError(f"{path} is damaged ({error}): create it with hellaswag.py --prepare") from None
     longest = data["length"].max()
     if longest > block_size:
@@ -962,30 +1023,41 @@ def load_hellaswag(path, block_size):
     return data
 
 
+# cuDNN's attention is the fastest one for training, but plans anew for each sequence length, which takes
+# longer than computing it. Where the length changes all the time, these kernels are faster.
+ANY_LENGTH_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 @torch.no_grad()
-def evaluate_hellaswag(model, data, batch_size, rank, world_size, device, autocast, stop):
+def evaluate_hellaswag(model, data, micro_batch_size, rank, world_size, device, autocast, stop):
     """Return the HellaSwag accuracy acc_norm, computed by all ranks together.
 
-    It is the fraction of examples whose correct ending has the lowest mean loss per token. data is the dict
-    of load_hellaswag. If a stop is requested, the value means nothing, and the caller must discard it.
+    Each example has a context and four endings, one of them correct. The model's choice is the ending with
+    the lowest mean loss per token; acc_norm is the fraction of examples with the correct choice. hellaswag.py
+    explains it with an example. data is the dict of load_hellaswag. Batches are at most as large as a
+    training micro-batch, and 32 examples.
+    If a stop is requested, the value means nothing, and the caller must discard it.
     """
     model.eval()
     block_size = model.config.block_size
+    batch_size = micro_batch_size * block_size // (4 * int(data["length"].max()))  # examples
+    batch_size = max(1, min(32, batch_size))
     num_correct = torch.zeros((), device=device)
     for first in range(rank * batch_size, len(data["label"]), world_size * batch_size):
         if stop.reason:
             break
         batch = slice(first, first + batch_size)
-        # Multiples of 64 keep the number of different lengths small; GPU kernels are tuned for each length.
+        # Padding to multiples of 64 keeps the number of different lengths small.
         T = math.ceil(data["length"][batch].max() / 64) * 64
         T = min(T, block_size, data["tokens"].shape[2])
-        tokens = to_device(torch.from_numpy(data["tokens"][batch, :, :T].astype(np.int64)), device)  # (B, 4, T)
+        tokens = torch.from_numpy(data["tokens"][batch, :, :T].astype(np.int64))
+        tokens = to_device(tokens, device)  # (B, 4, T)
         context_length = to_device(torch.from_numpy(data["context_length"][batch]), device)  # (B,)
         length = to_device(torch.from_numpy(data["length"][batch]), device)  # (B, 4)
         label = to_device(torch.from_numpy(data["label"][batch]), device)  # (B,)
 
         # the loss of each token given the tokens before it
-        with autocast:
+        with autocast, sdpa_kernel(ANY_LENGTH_BACKENDS):
             logits, _ = model(tokens.flatten(0, 1))  # (4B, T, V)
         logits = logits[:, :-1].flatten(0, 1).float()  # (4B * (T - 1), V)
         targets = tokens[:, :, 1:]  # (B, 4, T - 1)
@@ -1001,33 +1073,31 @@ def evaluate_hellaswag(model, data, batch_size, rank, world_size, device, autoca
     return num_correct.item() / len(data["label"])
 
 
-# cuDNN's attention is the fastest one for training, but plans anew for each sequence length, which takes
-# longer than computing it. Where the length changes all the time, these kernels are faster.
-ANY_LENGTH_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+def generate_samples(model, enc, args, device, autocast, rank, val_loss):
+    """Return two continuations of args.prompt as printable text.
 
-
-def generate_samples(model, enc, prompt, max_new_tokens, device, autocast):
-    """Return two continuations of the prompt as printable text.
-
-    Uses its own random generator, so sampling does not affect training.
+    There are none without a tokenizer, on ranks above 0, and from a model whose val_loss is not finite. Uses
+    its own random generator, so sampling does not affect training.
     """
-    tokens = enc.encode_ordinary(prompt) or [enc.eot_token]
+    if enc is None or rank != 0 or not math.isfinite(val_loss):
+        return []
+    tokens = enc.encode_ordinary(args.prompt) or [enc.eot_token]
     idx = torch.tensor([tokens, tokens], device=device)  # (2, T)
     generator = torch.Generator(device).manual_seed(42)
     with autocast, sdpa_kernel(ANY_LENGTH_BACKENDS):
-        idx = model.generate(idx, max_new_tokens, generator)
+        idx = model.generate(idx, args.max_new_tokens, generator)
+    # control characters could confuse a terminal
     samples = []
     for row in idx.tolist():
         text = enc.decode(row)
-        # control characters could confuse a terminal
         text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
         samples.append(text)
     return samples
 
 
 # -------------------------------------------------------------------------------- run directory
-# These flags decide what the model becomes. A resumed run must have the same values; all other flags may
-# change. --dtype may change too, with a warning.
+# These flags, and the data, decide what the model becomes: a resumed run must have the same values. The other
+# flags may change. --dtype changes the result slightly; it may change after a warning.
 RESULT_FLAGS = (
     "seed",
     "shuffle",
@@ -1069,6 +1139,7 @@ class RunDirectory:
 
         The operating system releases the lock of a killed process. Raises UserError.
         """
+        # filelock raises NotImplementedError on file systems without locks, such as Lustre without flock
         try:
             os.makedirs(self.path, exist_ok=True)
             self.lock = filelock.FileLock(f"{self.path}/lock", fallback_to_soft=False)
@@ -1083,6 +1154,7 @@ class RunDirectory:
             raise UserError(
                 f"cannot write to --log_dir {self.path} ({error.strerror}): choose another --log_dir"
             ) from None
+        # Save something now: an unusable directory must not be noticed only at the first checkpoint.
         try:
             temporary = f"{self.path}/tmp_step_test"
             shutil.rmtree(temporary, ignore_errors=True)
@@ -1128,10 +1200,13 @@ class RunDirectory:
 
         Returns a note for the header if checkpoints will lack the tokenizer's files, otherwise None.
         """
-        self.saved_step = step  # where a resumed run starts, there is a checkpoint
+        # where a resumed run starts, there is a checkpoint
+        self.saved_step = step
+        # run.json is for plot.py and for people
         run = {**vars(args), "tokenizer": data_set["tokenizer"], "source": data_set["source"]}
         write_json(f"{self.path}/run.json.tmp", run)
         os.replace(f"{self.path}/run.json.tmp", f"{self.path}/run.json")
+        # keep the tokenizer's files in memory, so that saving does not depend on the data directory
         for name in TOKENIZER_FILES:
             if os.path.isfile(f"{args.data_dir}/{name}"):
                 with open(f"{args.data_dir}/{name}", "rb") as file:
@@ -1146,6 +1221,7 @@ class RunDirectory:
         path = f"{self.path}/log.txt"
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(f"{path} is not a regular file")
+        # the lines of steps that are done; a line without a newline at its end was cut by a crash
         kept = []
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as file:
@@ -1193,10 +1269,12 @@ class RunDirectory:
         temporary = f"{self.path}/tmp_step_{step:06d}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
+            # 1) a model that other tools load
             model.save_pretrained(temporary)
             for name, content in self.tokenizer_files.items():
                 with open(f"{temporary}/{name}", "wb") as file:
                     file.write(content)
+            # 2) what a resumed run needs; the data order and the random numbers follow from the step
             trainer_state = {
                 "format": CHECKPOINT_FORMAT,
                 "step": step,
@@ -1205,8 +1283,10 @@ class RunDirectory:
                 "args": vars(args),
             }
             torch.save(trainer_state, f"{temporary}/trainer.pt")
-            names = sorted(os.listdir(temporary))
-            write_json(f"{temporary}/sha256.json", {name: sha256_of(f"{temporary}/{name}") for name in names})
+            # 3) checksums of these files
+            checksums = {name: sha256_of(f"{temporary}/{name}") for name in sorted(os.listdir(temporary))}
+            write_json(f"{temporary}/sha256.json", checksums)
+            # 4) Flush everything to the disk before the renaming, which makes the checkpoint visible.
             for name in os.listdir(temporary):
                 flush_to_disk(f"{temporary}/{name}")
             flush_to_disk(temporary)
@@ -1215,6 +1295,7 @@ class RunDirectory:
             flush_to_disk(self.path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        # delete old checkpoints only now that the new one is complete
         if args.keep_checkpoints:
             for path in self.checkpoints()[: -args.keep_checkpoints]:
                 shutil.rmtree(path, ignore_errors=True)
@@ -1255,6 +1336,7 @@ def choose_checkpoint(run_directory, args):
 
     With --resume it is the newest undamaged one; with --resume DIR it is DIR. Raises UserError.
     """
+    # without --resume the directory must not contain a run
     checkpoints = run_directory.checkpoints()
     has_run = bool(checkpoints) or os.path.exists(f"{args.log_dir}/log.txt")
     if args.resume is None:
@@ -1264,6 +1346,7 @@ def choose_checkpoint(run_directory, args):
                 "another --log_dir"
             )
         return None
+    # which checkpoints to try, in this order
     candidates = checkpoints[::-1]
     if goes_back(args):
         if not os.path.isdir(args.resume):
@@ -1275,6 +1358,7 @@ def choose_checkpoint(run_directory, args):
                 "another --log_dir"
             )
         candidates = [path]
+    # take the first one that is undamaged
     damages = []
     for path in candidates:
         damage = find_damage(path)
@@ -1304,6 +1388,7 @@ def goes_back(args):
 
 def find_damage(path):
     """Return in a few words what is wrong with a checkpoint, or None. Loads it completely, as a run would."""
+    # damaged files raise many types of errors
     try:
         checksums = read_json(f"{path}/sha256.json")
         for name in ("config.json", "model.safetensors", "trainer.pt"):
@@ -1314,13 +1399,14 @@ def find_damage(path):
         load_optimizers(model, trainer_state, torch.device("cpu"), rank=0, world_size=1)
     except UserError:
         raise
-    except Exception as error:  # damaged files raise many types of errors
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def load_trainer_state(path):
     """Return the dict in a checkpoint's trainer.pt. Raises ValueError if it is damaged, UserError if it is too old."""
+    # weights_only: the file cannot run code
     trainer_state = torch.load(f"{path}/trainer.pt", map_location="cpu", weights_only=True)
     if not isinstance(trainer_state, dict) or not isinstance(trainer_state.get("args"), dict):
         raise ValueError("trainer.pt does not contain the state of a run")
@@ -1347,6 +1433,7 @@ def load_optimizers(model, trainer_state, device, rank, world_size):
     if not isinstance(saved_states, list) or len(saved_states) != len(optimizers):
         raise ValueError("trainer.pt contains the state of other optimizers")
     for optimizer, saved in zip(optimizers, saved_states, strict=True):
+        # the saved states are numbered in the order of the parameters
         parameters = []
         for group in optimizer.param_groups:
             parameters += group["params"]
@@ -1397,7 +1484,7 @@ class StopRequest:
         self.reason = None
         self.deadline = time.monotonic() + 3600 * (max_hours or math.inf)
         self.first_interrupt = math.inf  # time of the first SIGINT
-        # torchrun starts the ranks; if it is killed, they get another parent
+        # torchrun is the parent of the ranks. If it is killed, they get another parent.
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             if hasattr(signal, name):  # Windows has no SIGUSR1
@@ -1405,8 +1492,9 @@ class StopRequest:
 
     def handle(self, number, frame):
         """Remember a signal."""
+        # A second Ctrl-C ends the process. torchrun repeats the first one at once, which does not count.
         now = time.monotonic()
-        if number == signal.SIGINT and now > self.first_interrupt + 1:  # torchrun repeats a Ctrl-C at once
+        if number == signal.SIGINT and now > self.first_interrupt + 1:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
         if number == signal.SIGINT:
@@ -1616,12 +1704,14 @@ def parse_args():
 
 def check_args(args):
     """Return the flags with the preset's values where none is given. Exits on invalid values."""
+    # flags that are not given take their values from the preset
     for name in SHAPE_FLAGS:
         if args.init_from and getattr(args, name):
             fail(f"--{name} cannot be combined with --init_from, which sets the model size: omit --{name}")
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    # numbers must be positive; written as "not value > 0", this also refuses NaN
     for name, value in vars(args).items():
         if type(value) not in (int, float):
             continue
@@ -1631,6 +1721,7 @@ def check_args(args):
             fail(f"--{name} is {value}: it must be above 0")
         if name not in ("grad_clip", "max_hours") and value >= 2**62:
             fail(f"--{name} is {value}: it must be below 2^62")
+    # values that do not fit together
     if args.n_embd % args.n_head:
         fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: choose a multiple of {args.n_head}")
     if args.n_layer * args.n_embd**2 > 1e11:
@@ -1694,10 +1785,12 @@ def init_distributed(device_name):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
         return 0, 1, pick_device(device_name)
+    # torchrun tells each process which one it is
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             fail(f"WORLD_SIZE is {world_size}, but {name} is not set: use torchrun, or unset WORLD_SIZE")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    # one process per GPU
     is_cuda = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
     if is_cuda and local_rank >= torch.cuda.device_count():
         fail(
@@ -1716,7 +1809,8 @@ def init_distributed(device_name):
         # After a restart, torchrun's store still holds the addresses of the dead processes. A prefix hides them.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    # The other ranks wait while rank 0 saves a checkpoint: minutes for a large model on a slow disk.
+    # The long timeout is for checkpoints: the other ranks wait while rank 0 saves one, which takes minutes for a
+    # large model on a slow disk.
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=1))
     return rank, world_size, device
@@ -1724,12 +1818,14 @@ def init_distributed(device_name):
 
 def on_rank_0(function, *args):
     """Call function(*args) on rank 0 and return its result on every rank. Its errors end every rank."""
+    # call it on rank 0
     result, error = None, None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             result = function(*args)
         except (OSError, ValueError, UserError) as caught:
             error = str(caught)
+    # tell the other ranks
     if dist.is_initialized():
         result_and_error = [result, error]
         dist.broadcast_object_list(result_and_error)
@@ -1805,6 +1901,7 @@ def init_precision(args, trainer_state, device):
     small update would vanish in a bfloat16 weight, which has only 8 significant bits. The dtype belongs to the
     run: a resumed run keeps it, on any device, unless --dtype says otherwise.
     """
+    # choose the dtype: the flag, the resumed run's, or the device's best
     saved_dtype = trainer_state["args"].get("dtype") if trainer_state else None
     reason = "chosen with --dtype"
     if args.dtype is None and saved_dtype in DTYPES:
@@ -1817,7 +1914,8 @@ def init_precision(args, trainer_state, device):
             f"resuming a {saved_dtype} run in {args.dtype}: the result will differ slightly from an uninterrupted "
             f"{saved_dtype} run"
         )
-    torch.set_float32_matmul_precision("high")  # float32 matmuls in TF32, on GPUs that have it
+    # float32 matmuls use TF32 on GPUs that have it: 8 exponent bits as in float32, 10 mantissa bits
+    torch.set_float32_matmul_precision("high")
     autocast = nullcontext()
     if args.dtype != "float32":
         autocast = torch.autocast(device.type, DTYPES[args.dtype])
@@ -1833,6 +1931,7 @@ def init_model(args, data_set, checkpoint, device):
     """
     args.data = data_set["fingerprint"]
     source = checkpoint or args.init_from
+    # a new model with random weights
     if source is None:
         config = GPTConfig(
             vocab_size=data_set["vocab_size"],
@@ -1844,6 +1943,7 @@ def init_model(args, data_set, checkpoint, device):
             tokenizer=data_set["tokenizer"],
         )
         return GPT(config).to(device), None
+    # a model from a file, which must fit the data and, if the run is resumed, the flags
     trainer_state = None
     if checkpoint:
         trainer_state = load_trainer_state(checkpoint)
@@ -1901,6 +2001,7 @@ def find_micro_batch_size(model, limit, device, autocast, has_optimizer_state):
     optimizer_bytes = 0 if has_optimizer_state else 8 * num_parameters
     free, _ = torch.cuda.mem_get_info(device)
     available = free + torch.cuda.memory_reserved(device)  # what this process has reserved is its own
+    # try 1, 2, 4, ... sequences
     best, size = 0, 1
     while size <= limit:
         idx = torch.zeros(size, model.config.block_size, dtype=torch.long, device=device)
@@ -1915,6 +2016,7 @@ def find_micro_batch_size(model, limit, device, autocast, has_optimizer_state):
             break
         best = size
         size = 2 * size
+    # leave nothing behind
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     if best == 0:
@@ -1940,6 +2042,7 @@ def wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps):
     All share raw_model's weights. raw_model itself is used where lengths vary, because compiled code is made for
     one shape.
     """
+    # torch.compile needs a C++ compiler or Triton; a run also works without
     note = None
     if args.compile is None:
         args.compile = device.type == "cuda"
@@ -1951,6 +2054,7 @@ def wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps):
     eval_model = torch.compile(raw_model) if args.compile else raw_model
     if world_size == 1:
         return eval_model, eval_model, note
+    # DistributedDataParallel (DDP) averages the gradients over the ranks during the backward pass
     ddp_options = {
         "broadcast_buffers": False,  # the only buffer is constant
         "gradient_as_bucket_view": True,  # gradients are stored in the buckets that are all-reduced
@@ -2006,7 +2110,8 @@ def attention_backend(device, dtype):
     """Return the name of the kernel that computes attention in training, such as "Cudnn" or "Flash"."""
     q = torch.ones(1, 1, 128, 64, device=device, dtype=DTYPES[dtype], requires_grad=True)
     y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    match = re.match(r"ScaledDotProduct(.+)Attention", y.grad_fn.name())  # named after the kernel
+    # the function of the backward pass is named after the kernel
+    match = re.match(r"ScaledDotProduct(.+)Attention", y.grad_fn.name())
     return match[1] if match else "Math"
 
 
@@ -2035,19 +2140,21 @@ def peak_flops(device, dtype, world_size):
     if device.type != "cuda":
         return None
     gpu_name = torch.cuda.get_device_name(device)
-    if "Laptop" in gpu_name:  # slower than the card of the same name
+    # laptop GPUs are slower than the cards of the same name
+    if "Laptop" in gpu_name:
         return None
     for name, peak_16_bit, peak_32_bit in PEAK_FLOPS:
         if re.search(rf"\b{name}\b", gpu_name):
             if dtype == "float32":
                 return world_size * peak_32_bit
-            if dtype == "bfloat16" and name in ("T4", "V100"):  # they lack bfloat16
+            # these two do not have bfloat16
+            if dtype == "bfloat16" and name in ("T4", "V100"):
                 return None
             return world_size * peak_16_bit
     return None
 
 
-def print_header(args, raw_model, train_data, val_data, device, world_size, grad_accum_steps, notes):
+def print_header(args, raw_model, train_data, val_data, device, world_size, grad_accum_steps, notes, checkpoint):
     """Print what is about to run, with every setting resolved."""
     say(
         " ".join(f"--{name} {value}" for name, value in vars(args).items()),
@@ -2060,63 +2167,90 @@ def print_header(args, raw_model, train_data, val_data, device, world_size, grad
         f"attention kernel: {attention_backend(device, args.dtype)}",
         *[note for note in notes if note],
     )
+    if checkpoint:
+        say(f"resuming at step {step_of(checkpoint)} from {checkpoint}")
 
 
 # -------------------------------------------------------------------------------- training loop
-def report_validation(run_directory, step, val_loss, enc, raw_model, args, device, autocast):
-    """Log the validation loss, and print it with two samples."""
-    run_directory.log(step, {"val": f"{val_loss:.4f}"})
-    say(f"step {step:5d} | val loss: {val_loss:.4f}")
-    if enc is None or not math.isfinite(val_loss):
-        return
-    samples = generate_samples(raw_model, enc, args.prompt, args.max_new_tokens, device, autocast)
-    for sample in samples:
-        say("> " + sample.replace("\n", "\n> "))
+class Reporter:
+    """Prints the progress of a run and writes it to log.txt. On other ranks than 0 its methods do nothing."""
+
+    def __init__(self, run_directory, model, args, device, rank, world_size):
+        self.run_directory = run_directory
+        self.args = args
+        self.is_silent = rank != 0
+        # floating-point operations per token, forward and backward: 6 per parameter, and attention
+        self.flops_per_token = 6 * model.num_params + 12 * args.n_layer * args.n_embd * args.block_size
+        self.peak_flops = peak_flops(device, args.dtype, world_size)
+        self.first_step = None
+        self.first_step_end = None  # in seconds
+        self.skipped_steps = 0
+
+    def validation(self, step, val_loss, samples):
+        """Report the validation loss and the samples."""
+        if self.is_silent:
+            return
+        self.run_directory.log(step, {"val": f"{val_loss:.4f}"})
+        say(f"step {step:5d} | val loss: {val_loss:.4f}")
+        for sample in samples:
+            say("> " + sample.replace("\n", "\n> "))
+
+    def hellaswag(self, step, accuracy):
+        """Report the HellaSwag accuracy."""
+        if self.is_silent:
+            return
+        self.run_directory.log(step, {"hella": f"{accuracy:.4f}"})
+        say(f"step {step:5d} | HellaSwag acc_norm: {accuracy:.4f}")
+
+    def step(self, step, loss, lr, norm, dt):
+        """Report an optimizer step that took dt seconds: in log.txt always, on the screen every --log_interval."""
+        if self.is_silent:
+            return
+        if not math.isfinite(norm):  # a gradient overflowed in float16, and no parameter moved
+            self.skipped_steps += 1
+            self.run_directory.log(step, {"skipped": self.skipped_steps})
+        tokens_per_second = self.args.total_batch_size / dt
+        metrics = {
+            "train": f"{loss:.6f}",
+            "lr": f"{lr:.4e}",
+            "norm": f"{norm:.4f}",
+            "tok/s": f"{tokens_per_second:.1f}",
+        }
+        self.run_directory.log(step, metrics)
+        time_left = self.time_left(step, dt)
+        if step % self.args.log_interval:
+            return
+        mfu = ""  # model FLOPs utilization, the fraction of the GPUs' peak that is used
+        if self.peak_flops is not None:
+            mfu = f" | mfu: {100 * self.flops_per_token * tokens_per_second / self.peak_flops:.1f}%"
+        say(
+            f"step {step:5d} | loss: {loss:.3f} | lr {lr:.1e} | norm: {norm:.3g} | dt: {1000 * dt:.1f}ms | "
+            f"tok/s: {tokens_per_second:.1f}{mfu} | eta {time_left}"
+        )
+
+    def time_left(self, step, dt):
+        """Estimate the time to the end of the run from the mean duration of the steps so far, with evaluations."""
+        now = time.monotonic()
+        seconds_per_step = dt
+        if self.first_step is None:  # it may compile: it does not count
+            self.first_step, self.first_step_end = step, now
+        else:
+            seconds_per_step = (now - self.first_step_end) / (step - self.first_step)
+        return timedelta(seconds=int(seconds_per_step * (self.args.max_steps - step - 1)))
 
 
-def report_hellaswag(run_directory, step, accuracy):
-    """Log and print the HellaSwag accuracy."""
-    run_directory.log(step, {"hella": f"{accuracy:.4f}"})
-    say(f"step {step:5d} | HellaSwag acc_norm: {accuracy:.4f}")
-
-
-def report_step(run_directory, step, loss, lr, norm, dt, seconds_per_step, args, flops_per_token, peak):
-    """Log the metrics of a step, and print them every --log_interval steps.
-
-    dt is the duration of this step in seconds, peak the peak FLOP/s of all GPUs of the run, or None.
-    """
-    tokens_per_second = args.total_batch_size / dt
-    metrics = {
-        "train": f"{loss:.6f}",
-        "lr": f"{lr:.4e}",
-        "norm": f"{norm:.4f}",
-        "tok/s": f"{tokens_per_second:.1f}",
-    }
-    run_directory.log(step, metrics)
-    if step % args.log_interval:
-        return
-    mfu = ""  # model FLOPs utilization: the fraction of the peak that the model's matmuls reach
-    if peak is not None:
-        mfu = f" | mfu: {100 * flops_per_token * tokens_per_second / peak:.1f}%"
-    time_left = timedelta(seconds=int(seconds_per_step * (args.max_steps - step - 1)))
-    say(
-        f"step {step:5d} | loss: {loss:.3f} | lr {lr:.1e} | norm: {norm:.3g} | dt: {1000 * dt:.1f}ms | "
-        f"tok/s: {tokens_per_second:.1f}{mfu} | eta {time_left}"
-    )
-
-
-def stop_at_bad_loss(step, loss, norm, train_data, args, grad_accum_steps, rank, world_size):
+def stop_at_bad_loss(step, loss, norm, loader, grad_accum_steps):
     """Report a loss or gradient norm that is NaN or infinite, with its data, and exit with status 1.
 
     loss and norm are this rank's. Nothing of this step is saved: the newest checkpoint is from before it.
     """
-    if rank == 0 or not math.isfinite(loss):
+    if loader.rank == 0 or not math.isfinite(loss):
         places = []
         for micro_step in range(step * grad_accum_steps, (step + 1) * grad_accum_steps):
-            for index in micro_batch_indices(micro_step, args.micro_batch_size, rank, world_size):
-                shard, offset = train_data.locate(index)
-                places.append((train_data.paths[shard], offset))
-        warn(f"step {step}, rank {rank}: loss {loss}, norm {norm} on (shard, offset) {places}")
+            for index in loader.indices(micro_step):
+                shard, offset = loader.dataset.locate(index)
+                places.append((loader.dataset.paths[shard], offset))
+        warn(f"step {step}, rank {loader.rank}: loss {loss}, norm {norm} on (shard, offset) {places}")
     sys.exit(1)
 
 
@@ -2156,24 +2290,16 @@ def main():
     # Rank 0 opens the log and prints what is about to run.
     enc, no_samples = open_tokenizer(data_set["tokenizer"])
     no_tokenizer_files = on_rank_0(run_directory.start, start_step, args, data_set)
-    flops_per_token = 6 * raw_model.num_params + 12 * args.n_layer * args.n_embd * args.block_size
-    peak = peak_flops(device, args.dtype, world_size)
     if rank == 0:
         notes = [dtype_reason, no_compile, no_samples, no_hellaswag, no_tokenizer_files]
-        print_header(args, raw_model, train_data, val_data, device, world_size, grad_accum_steps, notes)
-        if checkpoint:
-            say(f"resuming at step {start_step}")
-
-    def next_batch(micro_step):
-        """Load this rank's windows of a micro-step, which is counted from the start of training."""
-        indices = micro_batch_indices(micro_step, args.micro_batch_size, rank, world_size)
-        return load_batch(train_data, indices, device)
-
+        print_header(args, raw_model, train_data, val_data, device, world_size, grad_accum_steps, notes, checkpoint)
+    reporter = Reporter(run_directory, raw_model, args, device, rank, world_size)
+    loader = BatchLoader(train_data, args.micro_batch_size, rank, world_size, device)
     stop = StopRequest(args.max_hours)
     stopping = False  # all ranks stop at the same step
-    skipped_steps = 0
-    in_parallel = (rank, world_size, device, autocast, stop)
-    x, y = next_batch(start_step * grad_accum_steps)
+    in_parallel = (args.micro_batch_size, rank, world_size, device, autocast, stop)
+
+    x, y = loader.load(start_step * grad_accum_steps)
     for step in range(start_step, args.max_steps + 1):
         last_step = step == args.max_steps
 
@@ -2181,15 +2307,16 @@ def main():
         if step % args.checkpoint_interval == 0 or last_step or stopping:
             run_directory.save(step, raw_model, optimizers, scaler, args)
         if not stopping and (step % args.eval_interval == 0 or last_step):
-            val_loss = evaluate(eval_model, raw_model, val_data, args.val_tokens, args.micro_batch_size, *in_parallel)
-            stopping = any_rank(stop.reason, device, world_size)  # then the resumed run evaluates this step
-            if rank == 0 and not stopping:
-                report_validation(run_directory, step, val_loss, enc, raw_model, args, device, autocast)
-        if hellaswag and not stopping and (step % args.hellaswag_interval == 0 or last_step):
-            accuracy = evaluate_hellaswag(raw_model, hellaswag, args.micro_batch_size, *in_parallel)
+            val_loss = evaluate(eval_model, raw_model, val_data, args.val_tokens, *in_parallel)
             stopping = any_rank(stop.reason, device, world_size)
-            if rank == 0 and not stopping:
-                report_hellaswag(run_directory, step, accuracy)
+            if not stopping:  # otherwise the resumed run evaluates this step
+                samples = generate_samples(raw_model, enc, args, device, autocast, rank, val_loss)
+                reporter.validation(step, val_loss, samples)
+        if hellaswag and not stopping and (step % args.hellaswag_interval == 0 or last_step):
+            accuracy = evaluate_hellaswag(raw_model, hellaswag, *in_parallel)
+            stopping = any_rank(stop.reason, device, world_size)
+            if not stopping:
+                reporter.hellaswag(step, accuracy)
         if last_step or stopping:
             run_directory.save(step, raw_model, optimizers, scaler, args)  # unless this step is saved already
             break
@@ -2198,10 +2325,10 @@ def main():
         start = time.perf_counter()
         model.train()
         torch.manual_seed(args.seed + step * world_size + rank)  # dropout depends on the step only, also on resume
-        loss = torch.zeros((), device=device)
+        loss = torch.zeros((), device=device)  # stays on the device: reading it would wait for the computation
         for i in range(grad_accum_steps):
-            # DDP averages the gradients over the ranks during a backward pass. Once per step, in the last one,
-            # is enough. no_sync must cover the forward pass, too, which prepares the averaging.
+            # DDP averages the gradients over the ranks during a backward pass. Doing it once per step, in the
+            # last backward pass, is enough. no_sync must also cover the forward pass, which prepares it.
             is_last = i == grad_accum_steps - 1
             with nullcontext() if world_size == 1 or is_last else model.no_sync():
                 with autocast:
@@ -2209,27 +2336,21 @@ def main():
                 micro_loss = micro_loss / grad_accum_steps  # gradients add up: dividing makes their sum a mean
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-            x, y = next_batch(step * grad_accum_steps + i + 1)  # load the next batch while a GPU computes
+            x, y = loader.load(step * grad_accum_steps + i + 1)  # load the next batch while a GPU computes
+
+        # clip the gradients, which limits the effect of a bad batch, and update the parameters
         norm = clip_gradients(raw_model, optimizers, scaler, args.grad_clip)
         lr = SCHEDULES[args.schedule](step, args.learning_rate, args.warmup_steps, args.max_steps)
         update_parameters(optimizers, scaler, lr, norm)
-        raw_model.zero_grad(set_to_none=world_size == 1)  # DDP keeps its buckets, which the gradients are views of
-        mean_loss, mean_norm, stopping = average_over_ranks(loss, norm, stop.requested(), world_size)
-        dt = time.perf_counter() - start
+        # DDP's gradients are views of its buckets, which must stay: they are filled with zeros instead of freed.
+        raw_model.zero_grad(set_to_none=world_size == 1)
 
         # report the step; its loss is the mean over all micro-batches and ranks
-        if not math.isfinite(mean_loss + mean_norm):
-            if args.dtype != "float16" or not math.isfinite(mean_loss):
-                stop_at_bad_loss(step, loss.item(), norm.item(), train_data, args, grad_accum_steps, rank, world_size)
-            skipped_steps += 1  # a gradient overflowed in float16
-            run_directory.log(step, {"skipped": skipped_steps})
-        if step == start_step:
-            loop_start = time.perf_counter()  # the first step does not count: it may compile
-        seconds_per_step = (time.perf_counter() - loop_start) / (step - start_step) if step > start_step else dt
-        if rank == 0:
-            report_step(
-                run_directory, step, mean_loss, lr, mean_norm, dt, seconds_per_step, args, flops_per_token, peak
-            )
+        mean_loss, mean_norm, stopping = average_over_ranks(loss, norm, stop.requested(), world_size)
+        dt = time.perf_counter() - start
+        if not math.isfinite(mean_loss) or not (math.isfinite(mean_norm) or scaler.is_enabled()):
+            stop_at_bad_loss(step, loss.item(), norm.item(), loader, grad_accum_steps)
+        reporter.step(step, mean_loss, lr, mean_norm, dt)
 
     del model  # DDP holds the process group; freed by anything else than the next line, gloo can deadlock at exit
     finish(run_directory, step, stop, stopping, rank, world_size)
