@@ -201,8 +201,14 @@ def test_samples_contain_no_control_characters():
         encode_ordinary=lambda text: list(text.encode()),
         decode=lambda tokens: "\x1b[31m red\x07\n\x9b\u202e end\r",
     )
-    samples = module.generate_samples(model, enc, "KING", 1, torch.device("cpu"), module.nullcontext())
+    args = SimpleNamespace(prompt="KING", max_new_tokens=1)
+    for_all = (args, torch.device("cpu"), module.nullcontext())
+    samples = module.generate_samples(model, enc, *for_all, rank=0, val_loss=1.0)
     assert samples == ["\ufffd[31m red\ufffd\n\ufffd\ufffd end\ufffd"] * 2
+    # There are no samples on other ranks, without a tokenizer, and from a model that diverged.
+    assert module.generate_samples(model, enc, *for_all, rank=1, val_loss=1.0) == []
+    assert module.generate_samples(model, None, *for_all, rank=0, val_loss=1.0) == []
+    assert module.generate_samples(model, enc, *for_all, rank=0, val_loss=math.nan) == []
 
 
 def test_empty_prompt_samples_from_the_end_of_text_token(byte_shards, tmp_path):
@@ -244,6 +250,7 @@ def test_step_lines_show_duration_speed_mfu_and_the_time_left(byte_shards, tmp_p
         return original_evaluate(*args)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
     module.update_parameters, module.evaluate = slow_update, slow_evaluate
     # A step has 6 N + 12 n_layer n_embd T floating-point operations per token. With a peak of one step per second, a
     # step of 10 s has an MFU of 10 %.
@@ -1108,7 +1115,8 @@ def test_hellaswag_choices_are_those_of_transformers(hellaswag_run, tmp_path, mo
     data = module.load_hellaswag("hellaswag/hellaswag_val.npz", 72)
     model = module.GPT.from_pretrained(checkpoint)
     stop = SimpleNamespace(reason=None)
-    accuracy = module.evaluate_hellaswag(model, data, 3, 0, 1, torch.device("cpu"), module.nullcontext(), stop)
+    for_all = (0, 1, torch.device("cpu"), module.nullcontext(), stop)
+    accuracy = module.evaluate_hellaswag(model, data, 16, *for_all)  # 16 windows of 72 tokens: several examples
     assert accuracy == expected
 
 
