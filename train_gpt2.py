@@ -2085,10 +2085,11 @@ def warm_up_ddp(model, raw_model, args, device, autocast):
     Without this pass, the first step of a resumed run would differ in the last bit from the same step of an
     uninterrupted run.
     """
-    idx = torch.zeros(args.micro_batch_size, args.block_size, dtype=torch.long, device=device)
+    # Views as in load_batch: for tensors with another layout, torch.compile would compile another graph.
+    windows = torch.zeros(args.micro_batch_size, args.block_size + 1, dtype=torch.long, device=device)
     model.train()
     with autocast:
-        _, loss = model(idx, idx)
+        _, loss = model(windows[:, :-1], windows[:, 1:])
     loss.backward()
     raw_model.zero_grad(set_to_none=False)
 
