@@ -588,7 +588,7 @@ def read_data_set(data_dir):
             "or python fineweb.py (hours)"
         )
     # Read meta.json. Files whose names begin with a dot are the operating system's (macOS writes ._NAME.npy).
-    names = sorted(name for name in os.listdir(data_dir) if not name.startswith("."))
+    names = {name for name in os.listdir(data_dir) if not name.startswith(".")}
     if os.path.lexists(f"{data_dir}/meta.json"):
         try:
             meta = read_meta(data_dir)
@@ -597,7 +597,7 @@ def read_data_set(data_dir):
     elif any(re.fullmatch(r"state_\d+\.json", name) for name in names):
         raise ValueError(f"--data_dir {data_dir} is not finished: run the same fineweb.py command again")
     else:
-        shards = [{"file": name} for name in names if re.fullmatch(r".+\.(npy|bin)", name)]
+        shards = [{"file": name} for name in sorted(names) if re.fullmatch(r".+\.(npy|bin)", name)]
         meta = {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"], "shards": shards}
 
     # Compare each shard with its description, and look for impossible token ids, which a wrong tokenizer or

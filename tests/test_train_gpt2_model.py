@@ -309,7 +309,8 @@ def test_the_loss_of_a_few_rows_at_a_time_equals_that_of_all_rows(num_rows, dtyp
     (expected_grad,) = torch.autograd.grad(expected, logits)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
+    rtol = 1e-2 if dtype == torch.bfloat16 else 5e-4  # over a million terms, float32 has about four digits
+    torch.testing.assert_close(grad, expected_grad, rtol=rtol, atol=1e-9)
 
 
 def test_padding_rows_count_neither_in_the_loss_nor_in_the_logits():

@@ -346,6 +346,7 @@ def same_steps(byte_shards, tmp_path_factory):
     done = torchrun(2, "train_gpt2", *tiny_flags(micro_batch_size=2), *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step     0 | loss") == 1, "both ranks printed"
+    assert done.stdout.count("step     0 | val loss") == 1, "both ranks printed"
     assert "128 tokens per step = 2 micro-steps x 2 processes x 2 sequences x 16 tokens" in done.stdout
     return {path.name: path for path in root.iterdir()}
 
@@ -380,6 +381,7 @@ def two_ranks(byte_shards, request, tmp_path_factory):
     done = torchrun(2, ROOT / "tests" / "two_ranks", root / "runs.json")
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr
     assert done.stdout.count("resuming at step 3") == 1
+    assert done.stdout.count("HellaSwag acc_norm") == (3 if HAS_GPT2_VOCABULARY else 0)
     return root
 
 
@@ -1041,14 +1043,14 @@ def prepare_hellaswag(directory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def hellaswag_data(tmp_path_factory):
-    """A directory with GPT-2 shards of random tokens in data/, and 14 prepared HellaSwag examples."""
+    """A directory with GPT-2 shards of random tokens in data/, and 10 prepared HellaSwag examples."""
     if not HAS_GPT2_VOCABULARY:
         pytest.skip("GPT-2's vocabulary is not in ../shared/tiktoken_cache")
     directory = tmp_path_factory.mktemp("hellaswag")
     rng = np.random.default_rng(0)
     train_tokens, val_tokens = rng.integers(50257, size=1500), rng.integers(50257, size=400)
     write_data_set(directory / "data", [train_tokens], [val_tokens], 50257)
-    write_examples(directory / "examples.jsonl", rng.integers(4, size=14))
+    write_examples(directory / "examples.jsonl", rng.integers(4, size=10))
     with pytest.MonkeyPatch.context() as monkeypatch:
         prepare_hellaswag(directory, monkeypatch)
     return directory
@@ -1106,7 +1108,7 @@ def transformers_choices(checkpoint, examples):
 def test_hellaswag_choices_are_those_of_transformers(hellaswag_run, tmp_path, monkeypatch, shift, expected):
     """Labels that are transformers' own choices give an accuracy of 1, and the labels after them give 0."""
     checkpoint = hellaswag_run[1] / "step_000004"
-    examples = write_examples(tmp_path / "examples.jsonl", np.zeros(14))
+    examples = write_examples(tmp_path / "examples.jsonl", np.zeros(10))
     choices = transformers_choices(checkpoint, examples)
     assert len(set(choices)) > 1
     write_examples(tmp_path / "examples.jsonl", [(choice + shift) % 4 for choice in choices])
@@ -1118,6 +1120,15 @@ def test_hellaswag_choices_are_those_of_transformers(hellaswag_run, tmp_path, mo
     for_all = (0, 1, torch.device("cpu"), module.nullcontext(), stop)
     accuracy = module.evaluate_hellaswag(model, data, 16, *for_all)  # 16 windows of 72 tokens: several examples
     assert accuracy == expected
+
+
+def test_longest_hellaswag_example_may_fill_the_block_size(hellaswag_data):
+    module = load("train_gpt2")
+    path = str(hellaswag_data / "hellaswag" / "hellaswag_val.npz")
+    longest = int(np.load(path)["length"].max())
+    assert longest == module.load_hellaswag(path, longest)["tokens"].shape[2]
+    with pytest.raises(ValueError, match=f"{longest} tokens, but --block_size is {longest - 1}"):
+        module.load_hellaswag(path, longest - 1)
 
 
 def test_hellaswag_does_not_change_training(hellaswag_run, hellaswag_data, tmp_path, monkeypatch):
