@@ -511,6 +511,7 @@ def make_shards(args):
         raise ValueError(f"--local_dir {directory} is a file: choose another --local_dir")
     settings, paths = choose_settings(args, encoding)
     if os.path.exists(f"{directory}/meta.json"):
+        finish(directory)  # if a run was killed before its last step
         print(f"{directory} already contains these shards")
         return
     os.makedirs(directory, exist_ok=True)
@@ -544,11 +545,9 @@ def make_shards(args):
     writer.save_state()
     if hub:
         hub.delete_all()
+    lock.release()  # Windows cannot delete a file that is open, and finish deletes the lock's
     if args.world_size == 1:
         finish(directory)
-    lock.release()
-    with contextlib.suppress(OSError):
-        os.remove(lock.lock_file)
 
     seconds = time.perf_counter() - started
     print(f"{state.documents:,} documents ({state.empty:,} empty ones skipped), {state.text_bytes:,} bytes of text")
@@ -719,8 +718,7 @@ def finish(directory):
         get_tokenizer(settings["tokenizer"])  # the next line reads the files that this one loads
         write_tokenizer_files(settings["tokenizer"], directory)
         write_json(f"{directory}/meta.json", {**settings, "shards": shards})
-    # A run that was killed here leaves these files next to meta.json.
-    for path in glob.glob(f"{glob.escape(directory)}/state_*.json"):
+    for path in glob.glob(f"{glob.escape(directory)}/state_*"):  # states and locks
         os.remove(path)
 
 
