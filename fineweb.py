@@ -1,20 +1,21 @@
 """
-Turn FineWeb-Edu, or any parquet files with a text column, into the token shards that train_gpt2.py reads.
+Turn FineWeb-Edu, or any parquet files with a text column, into the token shards of train_gpt2.py.
 
-    python fineweb.py                             # sample-10BT of FineWeb-Edu from the Hugging Face Hub
-    python fineweb.py --max_tokens 300000000      # only its first 300M tokens
-    python fineweb.py --source 'books/*.parquet' --local_dir tokens --shard_size 1000000   # local files
-    python fineweb.py --rank 0 --world_size 4     # on one of four machines; run --finish when all are done
-    python fineweb.py --verify edu_fineweb10B     # verify and summarize a directory of shards
+    python fineweb.py                          # sample-10BT of FineWeb-Edu from the Hugging Face Hub
+    python fineweb.py --max_tokens 300000000   # only its first 300M tokens
+    python fineweb.py --source 'books/*.parquet' --local_dir books_tokens      # local files
+    python fineweb.py --rank 0 --world_size 4  # on one of four machines; when all are done: --finish
+    python fineweb.py --verify edu_fineweb10B  # verify and summarize a directory of shards
 
-Reads parquet files, local ones or downloads. Writes LOCAL_DIR/edufineweb_val_000000.npy,
-edufineweb_train_000001.npy, ... (one-dimensional uint16 arrays, with <|endoftext|> before each document),
-the tokenizer's vocab.json and merges.txt, and finally meta.json, which describes the shards.
+Reads parquet files from this machine or from the Hub. Writes into LOCAL_DIR the shards
+edufineweb_val_000000.npy, edufineweb_train_000001.npy, ..., the tokenizer's vocab.json and merges.txt,
+and finally meta.json, which describes the shards. A shard is a one-dimensional uint16 array, with
+<|endoftext|> before each document.
 
-If interrupted, run the same command again to continue: at most one shard of work is repeated. A shard
-is collected in memory (200 MB). Disk space: 2 bytes per token and two parquet files (2 GB each).
-Two CPU cores tokenize 5 to 9 million tokens per second, so the network decides: sample-10BT (10 billion
-tokens, 100 shards, 27 GB of downloads) takes an hour or less.
+If interrupted, run the same command again to continue: at most one shard of work is repeated.
+A shard is collected in memory, 200 MB by default. Disk space: 2 bytes per token, and two parquet
+files of 2 GB. Two CPU cores tokenize 5 to 9 million tokens per second, so the network decides:
+sample-10BT (10 billion tokens, 27 GB of downloads) takes half an hour to an hour.
 
 Sections: tokenizing, parquet files, shards and state, making a data set, finishing, verifying,
 copied blocks, command line.
@@ -55,12 +56,14 @@ SUBSETS = {  # --remote_name: folder in the FineWeb-Edu repository
 BATCH_SIZE = 64  # documents per task of a thread, about 20 ms of work
 DOWNLOAD_ATTEMPTS = 8  # with pauses of 1, 2, 4, ... seconds between them
 
-# GPT-2's pattern for splitting text into words, without the alternative \s+(?!\S): see encode_documents
+# GPT-2's pattern for splitting text into words, without its alternative \s+(?!\S).
+# encode_documents explains why.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
-# the characters that \s matches in GPT-2's pattern, as they are written in a regular expression's [...]
+# The 25 characters that \s matches in GPT-2's pattern, in the notation of a character class: [...].
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-BEGIN = "\0"  # placeholder that becomes <|endoftext|>
-CUT = "\1"  # placeholder whose token is removed
+# Two characters that hardly any document contains represent special tokens while texts are encoded.
+BEGIN = "\0"  # becomes <|endoftext|>
+CUT = "\1"  # its token is removed
 
 
 # -------------------------------------------------------------------------------- tokenizing
@@ -93,8 +96,9 @@ def get_tokenizer(name):
 
 def without_look_ahead(encoding):
     """Return a copy of a tiktoken.Encoding that uses PATTERN and has tokens for BEGIN and CUT."""
+    # The ids of all tokens except <|endoftext|>, which is the last one, are their ranks.
     ranks = {}
-    for token in range(encoding.eot_token):  # all tokens except <|endoftext|>, which is the last
+    for token in range(encoding.eot_token):
         ranks[encoding.decode_single_token_bytes(token)] = token
     return tiktoken.Encoding(
         f"{encoding.name}_without_look_ahead",
@@ -107,27 +111,29 @@ def without_look_ahead(encoding):
 def encode_documents(fast, texts):
     """Return the tokens of documents, with <|endoftext|> before each, as a uint32 array.
 
-    fast is what without_look_ahead returns; texts is a pyarrow array of large_string without nulls. The
-    tokens are those of encode_ordinary, at twice its speed.
-
-    GPT-2 splits text into words and runs of spaces before it merges bytes. When several spaces come before
-    a word, the last one belongs to the word. GPT-2's pattern finds it by looking ahead: \\s+(?!\\S) is a run
-    of spaces that leaves one to what follows. Looking ahead is slow. Without that alternative, \\s+ would
-    take all spaces; but if the text is cut before the last one, it cannot. With three spaces as an example:
-
-        GPT-2's pattern                    "a   b"       ->  "a", "  ", " b"
-        PATTERN                            "a   b"       ->  "a", "   ", "b"        (wrong)
-        PATTERN, with the cut              "a  " + " b"  ->  "a", "  ", " b"
-
-    A cut is needed between two spaces that are followed by another character, and nowhere else: one space
-    is not split, and spaces at the end of a text have nothing to follow. In the text, CUT marks the cut.
+    fast is what without_look_ahead returns; texts is a pyarrow array of large_string without nulls.
+    The tokens are those of encode_ordinary, at twice its speed.
     """
+    # GPT-2 splits text into words and runs of spaces before it merges bytes. Of several spaces in
+    # front of a word, the last one belongs to the word. GPT-2's pattern finds it by looking ahead:
+    # \s+(?!\S) is a run of spaces that leaves one space to what follows. Looking ahead makes tiktoken
+    # slow. Without that alternative, \s+ takes all spaces, unless the text is cut before the last
+    # one. An example with three spaces:
+    #
+    #     GPT-2's pattern      "a   b"       ->  "a", "  ", " b"
+    #     PATTERN              "a   b"       ->  "a", "   ", "b"      (wrong)
+    #     PATTERN, with a cut  "a  " + " b"  ->  "a", "  ", " b"
+    #
+    # A cut is needed between two spaces in front of anything else, and nowhere else: a single space
+    # is never split, and spaces at the end of a text have nothing to leave a space to.
+    before_cut = f"[{SPACE}]"
+    after_cut = f"[{SPACE}][^{SPACE}]"
     cut_token = fast.max_token_value
     end_of_text = cut_token - 1
 
-    # Rare: a document contains a placeholder itself. Cut its text into pieces, and encode them one by one.
+    # Rare: a document contains a placeholder itself. Split the texts, and encode piece by piece.
     if pc.any(pc.match_substring_regex(texts, f"[{BEGIN}{CUT}]")).as_py():
-        cut_position = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")
+        cut_position = re.compile(f"(?<={before_cut})(?={after_cut})")
         tokens = []
         for text in texts.to_pylist():
             tokens.append(end_of_text)
@@ -136,7 +142,7 @@ def encode_documents(fast, texts):
         return np.array(tokens, np.uint32)
 
     # Otherwise encode all documents at once: BEGIN text BEGIN text ..., with CUT inside the texts.
-    texts = pc.replace_substring_regex(texts, f"([{SPACE}])([{SPACE}][^{SPACE}])", f"\\1{CUT}\\2")
+    texts = pc.replace_substring_regex(texts, f"({before_cut})({after_cut})", f"\\1{CUT}\\2")
     joined = "".join(BEGIN + text for text in texts.to_pylist())
     tokens = fast.encode_to_numpy(joined, allowed_special={BEGIN, CUT})
     return tokens[tokens != cut_token]
@@ -154,8 +160,9 @@ class Batch:
 
 
 def tokenize(fast, texts):
-    """Tokenize a pyarrow array of texts. Rows that are null or empty are skipped. Returns a Batch."""
+    """Tokenize a pyarrow array of texts, without those that are null or empty. Returns a Batch."""
     rows = len(texts)
+    # The cast is free for string columns. It decodes dictionaries, and copies string_view.
     texts = texts.cast(pa.large_string())
     texts = texts.filter(pc.greater(pc.binary_length(texts), 0))
     return Batch(
@@ -167,7 +174,11 @@ def tokenize(fast, texts):
 
 
 def map_ahead(pool, function, items, number):
-    """Yield function(item) for each item in order, while a pool of threads works up to `number` items ahead."""
+    """Yield function(item) for each item, in order, computed in a pool of threads.
+
+    The pool works on up to `number` items ahead of the one that is yielded.
+    """
+    # tiktoken and pyarrow release Python's global lock, so threads use all cores.
     pending = deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -177,50 +188,53 @@ def map_ahead(pool, function, items, number):
         yield pending.popleft().result()
 
 
+def read_texts(parquet, column, first_row):
+    """Yield the text column of a parquet file from first_row on, BATCH_SIZE rows at a time."""
+    row = 0
+    for batch in parquet.iter_batches(BATCH_SIZE, columns=[column]):
+        if row >= first_row:
+            yield batch.column(0)
+        row += len(batch)
+
+
 def tokenize_file(pool, fast, path, column, first_row, look_ahead):
-    """Tokenize the text column of a parquet file from first_row on. Yields a Batch per BATCH_SIZE rows.
+    """Tokenize a parquet file in the threads of a pool. Yields a Batch per BATCH_SIZE rows.
 
-    first_row is 0 or the end of a Batch. Raises ValueError if the file or its column cannot be used.
+    first_row is 0 or the end of a Batch. Raises ValueError if the file cannot be used.
     """
-
-    def read_texts(parquet):
-        row = 0
-        for batch in parquet.iter_batches(BATCH_SIZE, columns=[column]):
-            if row >= first_row:
-                yield batch.column(0)
-            row += len(batch)
-
     try:
-        # Without a buffer, pyarrow keeps whole row groups in memory.
+        # Without buffer_size, pyarrow keeps whole row groups in memory.
         with pq.ParquetFile(path, buffer_size=2**20) as parquet:
-            check_text_column(parquet.schema_arrow, column)
+            check_text_column(path, parquet.schema_arrow, column)
             row = first_row
-            tokenize_texts = functools.partial(tokenize, fast)
-            for batch in map_ahead(pool, tokenize_texts, read_texts(parquet), look_ahead):
+            texts = read_texts(parquet, column, first_row)
+            for batch in map_ahead(pool, functools.partial(tokenize, fast), texts, look_ahead):
                 row += batch.rows
                 batch.fraction = row / parquet.metadata.num_rows
                 yield batch
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"cannot use {path} ({str(error)[:300]}): replace or omit this file") from error
+    except (OSError, UnicodeError, pa.ArrowException) as error:
+        reason = str(error)[:300]
+        raise ValueError(f"cannot read {path} ({reason}): replace or omit this file") from error
 
 
-def check_text_column(schema, column):
-    """Raise ValueError unless exactly one column of a parquet file has this name, and contains text."""
+def check_text_column(path, schema, column):
+    """Raise ValueError unless a parquet file has exactly one column of this name, of texts."""
     names = schema.names
+    advice = f"choose --text_column from {', '.join(names)}"
     if column not in names:
-        raise ValueError(f"it has no text column {column}: choose --text_column from {', '.join(names)}")
+        raise ValueError(f"{path} does not contain column {column}: {advice}")
     if names.count(column) > 1:
-        raise ValueError(f"it has {names.count(column)} columns called {column}: rename all but one")
+        raise ValueError(f"{path} contains {names.count(column)} columns called {column}: rename all but one")
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):  # each distinct text is stored once
         kind = kind.value_type
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise ValueError(f"column {column} is {kind}, not text: choose --text_column from {', '.join(names)}")
+        raise ValueError(f"{path}: column {column} is {kind}, not text: {advice}")
 
 
 # ----------------------------------------------------------------------------- parquet files
 class HubFiles:
-    """Parquet files of a data set on the Hugging Face Hub, which are downloaded in the background."""
+    """Parquet files of a data set on the Hugging Face Hub, downloaded in the background."""
 
     def __init__(self, repo_id, revision, files, folder, keep):
         self.repo_id = repo_id
@@ -251,7 +265,8 @@ class HubFiles:
             except Exception as error:  # get_path raises it
                 future.set_exception(error)
 
-        # The process does not wait for a daemon thread, so a download that hangs cannot keep it alive.
+        # The process ends without waiting for a daemon thread, so a download that hangs, after an
+        # error elsewhere, cannot keep it alive.
         threading.Thread(target=work, daemon=True).start()
 
     def download(self, name, size):
@@ -262,7 +277,14 @@ class HubFiles:
         from huggingface_hub import hf_hub_download  # imported here because it is slow
 
         def fetch():
-            hf_hub_download(self.repo_id, name, repo_type="dataset", revision=self.revision, local_dir=self.folder)
+            hf_hub_download(
+                repo_id=self.repo_id,
+                filename=name,
+                repo_type="dataset",
+                revision=self.revision,
+                local_dir=self.folder,
+            )
+            # A proxy may send a part of the file as if it were all.
             if os.path.getsize(path) != size:
                 os.remove(path)
                 raise OSError(f"incomplete download: expected {size} bytes")
@@ -285,32 +307,35 @@ class HubFiles:
 
 
 def ask_hub(function, what, attempts=None):
-    """Call a function, with growing pauses between attempts while the Hub is unavailable. Raises ValueError."""
+    """Call a function, with growing pauses between attempts while the Hub is unavailable.
+
+    Raises ValueError if all attempts fail.
+    """
     from huggingface_hub import constants  # imported here because it is slow
 
     attempts = attempts or DOWNLOAD_ATTEMPTS
     for attempt in range(attempts):
         try:
             return function()
-        except Exception as error:  # the Hub, its HTTP client and its transfer library share no base class
+        except Exception as error:  # errors of the Hub, of HTTP and of transfers share no base class
             reason = f"{type(error).__name__}: {error.__cause__ or error}"[:200]
             status = getattr(getattr(error, "response", None), "status_code", None)
-            # There is no use in asking again for what does not exist, is not allowed or has no valid name.
+            # Asking again is useless for data that does not exist or may not be read.
             final = status in (401, 403, 404) or isinstance(error, ValueError)
         if final:
             break
         if attempt + 1 < attempts:
             time.sleep(2**attempt)
     raise ValueError(
-        f"cannot get {what} from {constants.ENDPOINT} ({reason}): check --repo_id, --remote_name and "
-        "HF_TOKEN, or pass local parquet files with --source"
+        f"cannot get {what} from {constants.ENDPOINT} ({reason}): check --repo_id, --remote_name "
+        "and HF_TOKEN, or pass local parquet files with --source"
     )
 
 
 def list_hub_files(repo_id, remote_name):
-    """Return the newest commit of a data set on the Hub, and [[name, bytes], ...] of its parquet files.
+    """Return the newest commit of a data set on the Hub, and its parquet files as [[name, bytes], ...].
 
-    Raises ValueError if the Hub cannot be reached or there are no such files.
+    Raises ValueError if the Hub cannot be reached or the subset has no parquet files.
     """
     from huggingface_hub import HfApi  # imported here because it is slow
 
@@ -320,26 +345,27 @@ def list_hub_files(repo_id, remote_name):
     commit = ask_hub(lambda: api.dataset_info(repo_id).sha, f"data set {repo_id}", attempts)
 
     def list_folder():
-        tree = api.list_repo_tree(repo_id, folder, repo_type="dataset", recursive=True, revision=commit)
-        return list(tree)
+        where = {"repo_id": repo_id, "repo_type": "dataset", "revision": commit}
+        return list(api.list_repo_tree(path_in_repo=folder, recursive=True, **where))
 
     entries = ask_hub(list_folder, f"subset {remote_name} of data set {repo_id}")
     files = sorted([entry.path, entry.size] for entry in entries if entry.path.endswith(".parquet"))
     if not files:
-        raise ValueError(f"subset {remote_name} of {repo_id} has no parquet file: check --remote_name")
+        raise ValueError(f"subset {remote_name} of {repo_id} is empty: check --remote_name")
     return commit, files
 
 
 def find_local_files(patterns):
-    """Return the paths of the parquet files that --source means. Raises ValueError if a pattern has none."""
+    """Return the paths of the parquet files in --source. Raises ValueError if a pattern has none."""
     paths = []
     for pattern in patterns:
-        candidates = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        matches = [path for path in candidates if path.endswith(".parquet") and os.path.isfile(path)]
+        matches = sorted(glob.glob(pattern, recursive=True))
+        if os.path.isfile(pattern):  # a path, perhaps with characters that mean something in patterns
+            matches = [pattern]
+        # Named pipes and devices are not regular files: reading them could wait forever.
+        matches = [path for path in matches if path.endswith(".parquet") and os.path.isfile(path)]
         if not matches:
-            raise ValueError(
-                f"--source {pattern} matches no parquet file: pass files, or a pattern such as 'data/*.parquet'"
-            )
+            raise ValueError(f"--source {pattern} matches no parquet file: pass the paths of files")
         paths += matches
     return paths
 
@@ -347,9 +373,10 @@ def find_local_files(patterns):
 def describe_local_file(path):
     """Return [name, bytes, SHA-256 of the footer] of a parquet file.
 
-    A parquet file ends with its footer, the footer's length (4 bytes) and "PAR1". The footer contains the
-    position, the size and the range of values of each column, so another file has another footer.
+    The checksum shows whether a file has been replaced by another one of the same name and size.
     """
+    # A parquet file ends with its footer, the footer's length in 4 bytes, and "PAR1". The footer
+    # contains the sizes and the smallest and largest values of all columns.
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 8, 0))
@@ -361,7 +388,7 @@ def describe_local_file(path):
 # -------------------------------------------------------------------------- shards and state
 @dataclass
 class State:
-    """What a later run needs to continue where the last finished shard ends. Stored as state_RANK.json."""
+    """What a later run needs to continue after the last finished shard, stored as state_RANK.json."""
 
     settings: dict  # as in meta.json: tokenizer, vocab_size, eot_token, source
     rank: int
@@ -377,60 +404,62 @@ class State:
 
 
 def state_path(directory, rank):
-    """Return the path of a rank's state. train_gpt2.py refuses directories with state files as unfinished."""
+    """Return the path of a rank's state file. train_gpt2.py refuses a directory that has one."""
     return f"{directory}/state_{rank:05d}.json"
 
 
 def read_states(directory):
-    """Return the checked states of all ranks in a directory. Raises ValueError if one is damaged."""
+    """Return the states of all ranks in a directory. Raises ValueError if one is damaged."""
     states = []
     for path in sorted(glob.glob(f"{glob.escape(directory)}/state_*.json")):
         try:
             content = read_json(path)
-            known = {name: content.get(name) for name in [field.name for field in fields(State)]}
-            state = State(**known)
+            state = State(**{item.name: content.get(item.name) for item in fields(State)})
             check_state(state, path)
         except ValueError as error:
-            raise ValueError(f"{error}: delete {directory}, or choose another --local_dir") from None
+            advice = f"delete {directory}, or choose another --local_dir"
+            raise ValueError(f"{error}: {advice}") from None
         states.append(state)
     return states
 
 
 def check_state(state, path):
-    """Raise ValueError if a value of a State is missing, has the wrong type or is impossible."""
+    """Raise ValueError if a State from a file is not what this script writes."""
     for item in fields(State):
         value = getattr(state, item.name)
         if type(value) is not item.type or (item.type is int and value < 0):
-            raise ValueError(f"{path}: {item.name} is {str(value)[:100]!r}")
+            raise ValueError(f"{path}: {item.name} is missing or has a wrong value")
     if os.path.basename(path) != os.path.basename(state_path("", state.rank)):
         raise ValueError(f"{path} belongs to rank {state.rank}")
-    check_shards(state.shards, path)
     check_settings(state.settings, path)
+    check_shards(state.shards, path)
+    if state.tokens != sum(shard["tokens"] for shard in state.shards):
+        raise ValueError(f"{path}: its shards do not have {state.tokens} tokens")
 
 
 def check_settings(settings, path):
-    """Raise ValueError if the settings of a state or of meta.json are not what this script writes."""
-    tokenizer, source = settings.get("tokenizer"), settings.get("source")
+    """Raise ValueError if settings from a state or meta.json are not what this script writes."""
+    tokenizer = settings.get("tokenizer")
     if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != settings.get("vocab_size"):
-        raise ValueError(f"{path}: there is no tokenizer {tokenizer!r} of {settings.get('vocab_size')!r} tokens")
-    if not isinstance(source, dict):
-        raise ValueError(f"{path}: source is {str(source)[:100]!r}")
-    world_size, files = source.get("world_size"), source.get("files")
+        raise ValueError(f"{path}: tokenizer and vocab_size are not those of a tokenizer")
+    source = settings.get("source")
+    if not isinstance(source, dict) or not isinstance(source.get("files"), list):
+        raise ValueError(f"{path}: source does not describe parquet files")
+    world_size = source.get("world_size")
     if type(world_size) is not int or world_size < 1:
-        raise ValueError(f"{path}: world_size is {str(world_size)[:100]!r}")
-    if not isinstance(files, list):
-        raise ValueError(f"{path}: files is {str(files)[:100]!r}")
-    for file in files:
+        raise ValueError(f"{path}: world_size is missing or has a wrong value")
+    for file in source["files"]:
         if not isinstance(file, list) or len(file) < 2 or type(file[1]) is not int:
-            raise ValueError(f"{path}: {str(file)[:100]!r} does not describe a parquet file")
-        # Downloads are written to, and deleted from, folder/name: it must not lead out of the folder.
+            raise ValueError(f"{path}: an entry of files does not describe a parquet file")
+        # Downloads are written to folder/name and deleted later. A name such as "../x" or "/x" would
+        # lead out of the folder.
         name = file[0]
-        if not isinstance(name, str) or re.search(r"[\\:]|^/|(^|/)\.\.(/|$)", name) or not name:
-            raise ValueError(f"{path}: {str(name)[:100]!r} is not the name of a parquet file")
+        if not isinstance(name, str) or re.search(r"[\\:]|^/|(^|/)\.\.(/|$)|^$", name):
+            raise ValueError(f"{path}: an entry of files is not the name of a parquet file")
 
 
 def write_json(path, content):
-    """Write a JSON file atomically and durably."""
+    """Write a JSON file atomically, and flush it to the disk."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
@@ -439,13 +468,13 @@ def write_json(path, content):
 
 
 class ShardWriter:
-    """Collects tokens in memory and writes them as shards, each followed by the state."""
+    """Collects tokens in memory, and writes them to shards. After each shard it saves the state."""
 
     def __init__(self, directory, state, shard_size, limit):
         self.directory = directory
         self.state = state
         self.limit = limit  # maximum number of tokens in all
-        self.saved_file = state.file  # index of the parquet file that a later run would continue with
+        self.saved_file = state.file  # index of the parquet file where a later run would continue
         self.buffer = np.empty(min(shard_size, limit), "<u2")  # the tokens of the current shard
         self.used = 0  # number of tokens in it
 
@@ -468,6 +497,7 @@ class ShardWriter:
             state.documents += int(np.count_nonzero(tokens == state.settings["eot_token"]))
             if self.used == len(self.buffer):
                 self.write_shard()
+        # continue with the next batch
         state.row += batch.rows
         state.skip = 0
         state.text_bytes += batch.text_bytes
@@ -479,34 +509,40 @@ class ShardWriter:
         self.state.row = 0
 
     def write_shard(self):
-        """Write the collected tokens as a shard, and then the state. Killed between the two, a run writes it again."""
+        """Write the collected tokens to a shard, and save the state."""
         state = self.state
-        # Ranks take turns with the numbers; shard 0 is for validation.
+        # Ranks take turns with the numbers, so that their shards can be put into one directory. Shard 0
+        # is for validation.
         number = len(state.shards) * state.settings["source"]["world_size"] + state.rank
         split = "train" if number else "val"
         name = f"edufineweb_{split}_{number:06d}.npy"
         path = f"{self.directory}/{name}"
+        # Only a complete file gets the name of a shard.
         with open(f"{path}.tmp", "wb") as file:
             np.save(file, self.buffer[: self.used])
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-        state.shards.append({"file": name, "split": split, "tokens": self.used, "sha256": sha256_of(path)})
+        # A run that is killed here has the old state, and writes this shard again.
+        sha256 = sha256_of(path)
+        state.shards.append({"file": name, "split": split, "tokens": self.used, "sha256": sha256})
         self.used = 0
         self.save_state()
 
     def save_state(self):
-        """Write the state. There must be no tokens in memory, because the state counts them as written."""
+        """Write the state file. Called when no tokens are collected, so the state counts written ones."""
         write_json(state_path(self.directory, self.state.rank), asdict(self.state))
         self.saved_file = self.state.file
 
 
 # ------------------------------------------------------------------------- making a data set
 def make_shards(args):
-    """Make the shards of one rank, from where the last run stopped."""
+    """Make the shards of one rank, starting where the last run stopped. Raises ValueError."""
     directory = args.local_dir
     started = time.perf_counter()
     encoding = get_tokenizer(args.tokenizer)
+
+    # find the input, and compare the settings with those that the directory was started with
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise ValueError(f"--local_dir {directory} is a file: choose another --local_dir")
     settings, paths = choose_settings(args, encoding)
@@ -514,23 +550,30 @@ def make_shards(args):
         finish(directory)  # if a run was killed before its last step
         print(f"{directory} already contains these shards")
         return
+
+    # Load the state under the lock. Another run may have written to the directory before.
     os.makedirs(directory, exist_ok=True)
     lock = lock_rank(directory, args.rank)
-
-    # Read the state only now: no other run can change it any more.
-    states = {state.rank: state for state in read_states(directory)}
-    state = states.get(args.rank, State(settings, args.rank))
+    if os.path.exists(f"{directory}/meta.json"):
+        raise ValueError(f"another run has just finished {directory}: run the same command again")
+    state = State(settings, args.rank)
+    for saved in read_states(directory):
+        check_same_settings(directory, saved.settings, settings)
+        if saved.rank == args.rank:
+            state = saved
     check_shard_files(directory, state.shards)
+
+    # reserve memory for a shard; 0 means no limit
     limit = min(args.max_tokens or sys.maxsize, (args.max_shards or sys.maxsize) * args.shard_size)
     check_free_space(directory, min(args.shard_size, limit))
     writer = ShardWriter(directory, state, args.shard_size, limit)
-    writer.save_state()  # from now on the directory can be recognized as unfinished
+    writer.save_state()  # its file marks the directory as unfinished
 
-    # The ranks share the parquet files: rank r takes files r, r + world_size, r + 2 * world_size, ...
+    # share the files: rank r takes the files r, r + world_size, r + 2 * world_size, ...
     my_files = settings["source"]["files"][args.rank :: args.world_size]
     if args.world_size > 1:
-        total = len(settings["source"]["files"])
-        print(f"rank {args.rank} of {args.world_size}: this process tokenizes {len(my_files)} of {total} files")
+        rank, total = f"rank {args.rank} of {args.world_size}", len(settings["source"]["files"])
+        print(f"{rank}: this process tokenizes {len(my_files)} of {total} parquet files")
     hub = None
     if paths:
         paths = paths[args.rank :: args.world_size]
@@ -539,6 +582,7 @@ def make_shards(args):
         revision = settings["source"]["revision"]
         hub = HubFiles(args.repo_id, revision, my_files, folder, args.keep_parquet)
 
+    # make the shards, and put the directory in order
     sizes = [file[1] for file in my_files]
     tokenize_files(args, without_look_ahead(encoding), paths, hub, sizes, writer)
     state.done = True
@@ -549,17 +593,19 @@ def make_shards(args):
     if args.world_size == 1:
         finish(directory)
 
+    # print the summary last, because the output may have been closed
     seconds = time.perf_counter() - started
-    print(f"{state.documents:,} documents ({state.empty:,} empty ones skipped), {state.text_bytes:,} bytes of text")
-    print(f"{state.tokens:,} tokens in {len(state.shards)} shards in {directory}, {seconds:.1f} seconds")
+    skipped = f"{state.empty:,} empty ones skipped"
+    print(f"{state.documents:,} documents ({skipped}), {state.text_bytes:,} bytes of text")
+    print(f"{state.tokens:,} tokens in {len(state.shards)} shards, {seconds:.1f} seconds")
     if args.world_size > 1:
-        print(f"rank {args.rank} is done: when all are, run python fineweb.py --finish --local_dir {directory}")
+        print(f"{rank} is done: when all are, run fineweb.py --finish --local_dir {directory}")
 
 
 def tokenize_files(args, fast, paths, hub, sizes, writer):
-    """Tokenize all parquet files from the writer's state on, with a progress bar on a terminal.
+    """Tokenize parquet files, starting where the writer's state says. Shows the time left on a terminal.
 
-    The files are local ones at paths, or those of a HubFiles. sizes are their sizes in bytes.
+    The files are local ones at paths, or those of hub (a HubFiles). sizes are in bytes.
     """
     state = writer.state
     bar = tqdm(initial=state.tokens, unit="tok", unit_scale=True, disable=None)
@@ -569,15 +615,15 @@ def tokenize_files(args, fast, paths, hub, sizes, writer):
                 break
             path = hub.get_path(index) if hub else paths[index]
             batches = tokenize_file(pool, fast, path, args.text_column, state.row, 4 * args.workers)
-            with contextlib.closing(batches):  # closes the file even if the loop ends early
+            with contextlib.closing(batches):  # close the parquet file even if the loop ends early
                 for batch in batches:
                     writer.add(batch)
-                    # Once this file is the first that a later run would need, the earlier ones can be
-                    # deleted and the next one downloaded: there are never more than two.
+                    # As soon as a later run would continue in this file, the files before it can be
+                    # deleted and the next one downloaded. There are never more than two downloads.
                     if hub and writer.saved_file == index:
                         hub.delete_before(index)
                         hub.start_download(index + 1)
-                    # estimate the number of tokens, from which tqdm estimates the time left
+                    # tqdm shows the time left, from an estimate of the number of tokens
                     fraction = (sum(sizes[:index]) + sizes[index] * batch.fraction) / sum(sizes)
                     bar.total = int(min(writer.limit, state.tokens / fraction))
                     bar.update(state.tokens - bar.n)
@@ -590,10 +636,11 @@ def tokenize_files(args, fast, paths, hub, sizes, writer):
 
 
 def choose_settings(args, encoding):
-    """Return the settings that meta.json will contain, and the paths of local parquet files or None.
+    """Return the settings for meta.json, and the paths of local parquet files or None.
 
-    Exits if the directory was started with other settings, or contains anything else.
+    Raises ValueError if the directory was started with other settings, or contains other files.
     """
+    # read the settings that the directory was started with
     directory = args.local_dir
     saved_settings = []
     if os.path.exists(f"{directory}/meta.json"):
@@ -602,22 +649,27 @@ def choose_settings(args, encoding):
         saved_settings.append(meta)
     saved_settings += [state.settings for state in read_states(directory)]
     if not saved_settings and os.path.isdir(directory):
-        # an interrupted run can leave these files before it saves its first state
+        # A run that is interrupted before it saves its first state leaves only these files.
         ours = re.compile(r"state_\d+\.(lock|json\.tmp)")
         others = [name for name in os.listdir(directory) if not ours.fullmatch(name)]
         if others:
-            fail(f"--local_dir {directory} contains other files ({others[0]}): choose another --local_dir")
+            advice = "choose another --local_dir"
+            raise ValueError(f"{directory} contains other files ({others[0]}): {advice}")
 
+    # list the parquet files
     paths = None
     if args.source:
         revision = None
         paths = find_local_files(args.source)
         files = [describe_local_file(path) for path in paths]
-    elif saved_settings:  # the data set may change on the Hub, but a directory keeps to one commit
+    elif saved_settings:
+        # The data set may have changed on the Hub, but a directory keeps to one commit.
         revision = saved_settings[0]["source"].get("revision")
         files = saved_settings[0]["source"]["files"]
     else:
         revision, files = list_hub_files(args.repo_id, args.remote_name)
+
+    # compare
     settings = {
         "tokenizer": args.tokenizer,
         "vocab_size": encoding.n_vocab,
@@ -640,37 +692,46 @@ def choose_settings(args, encoding):
 
 
 def check_same_settings(directory, saved, settings):
-    """Exit if the settings differ from those that a directory was started with."""
+    """Raise ValueError if settings differ from those that a directory was started with."""
+    started = f"{directory} was started with"
+    advice = "use the original settings, or another --local_dir"
     old_values = {**saved, **saved["source"]}
     new_values = {**settings, **settings["source"]}
-    advice = "use the original settings, or another --local_dir"
-    for key, new in new_values.items():
-        old = old_values.get(key)
-        if old == new or key in ("source", "files"):
-            continue
-        fail(f"{directory} was started with {key} {str(old)[:200]}, not {str(new)[:200]}: {advice}")
-    old_files, new_files = old_values["files"], new_values["files"]
+    for name, new in new_values.items():
+        old = old_values.get(name)
+        if old != new and name not in ("source", "files"):
+            raise ValueError(f"{started} {name} {str(old)[:100]}, not {str(new)[:100]}: {advice}")
+    # the list of files can be long, so show only what differs
+    old_files, new_files = saved["source"]["files"], settings["source"]["files"]
     if len(old_files) != len(new_files):
-        fail(f"{directory} was started with {len(old_files)} parquet files, not {len(new_files)}: {advice}")
+        numbers = f"{len(old_files)} parquet files, not {len(new_files)}"
+        raise ValueError(f"{started} {numbers}: {advice}")
     for old, new in zip(old_files, new_files, strict=True):
         if old[:2] != new[:2]:
-            fail(f"{directory} was started with {old[0]} of {old[1]} bytes, not {new[0]} of {new[1]}: {advice}")
-        if old != new:
-            fail(f"{new[0]} is not the file that {directory} was started with: restore it, or use another --local_dir")
+            both = f"{old[0]} ({old[1]} bytes), not {new[0]} ({new[1]} bytes)"
+            raise ValueError(f"{started} {both}: {advice}")
+        if old != new:  # the checksums of the footers
+            raise ValueError(f"{started} another {new[0]} of {new[1]} bytes: {advice}")
 
 
 def lock_rank(directory, rank):
-    """Lock the work of a rank until this process ends, even if it is killed. Returns the lock. Exits if locked."""
+    """Lock the work of a rank, and return the lock. Raises ValueError if another process has the lock.
+
+    The operating system releases the lock when the process ends, even if it is killed.
+    """
     lock = filelock.FileLock(f"{directory}/state_{rank:05d}.lock", fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
-        fail(f"another run of rank {rank} writes to {directory}: wait for it, or choose another --local_dir")
+        raise ValueError(
+            f"another run of rank {rank} is writing to {directory}: wait for it, or choose another --local_dir"
+        ) from None
     except (NotImplementedError, OSError) as error:
-        no_locks = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-        if isinstance(error, OSError) and error.errno not in no_locks:
+        # Some network file systems do not support locks. A full disk, for example, is an error.
+        reason = getattr(error, "errno", errno.ENOSYS)
+        if reason not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
-        print(f"warning: the file system of {directory} has no locks: start only one run in it", file=sys.stderr)
+        print(f"warning: {directory} cannot be locked: start only one run in it", file=sys.stderr)
     return lock
 
 
@@ -683,7 +744,7 @@ def check_shard_files(directory, shards):
         except ValueError:
             complete = False
         if not complete:
-            raise ValueError(f"{path} is missing or truncated: copy it here, or delete {directory} and start over")
+            raise ValueError(f"{path} is missing or truncated: copy it here, or delete {directory}")
 
 
 def check_free_space(directory, shard_tokens):
@@ -699,23 +760,29 @@ def check_free_space(directory, shard_tokens):
 
 # -------------------------------------------------------------------------------- finishing
 def finish(directory):
-    """Write meta.json for the shards of all ranks, and delete their state files. Raises ValueError."""
+    """Write meta.json for the shards of all ranks, and delete their state files.
+
+    Raises ValueError if ranks are missing or the vocabulary cannot be loaded.
+    """
     if not os.path.exists(f"{directory}/meta.json"):
+        # check that all ranks are done
         states = read_states(directory)
         settings = states[0].settings if states else {"source": {"world_size": 1}}
         world_size = settings["source"]["world_size"]
         done = [state for state in states if state.done and state.settings == settings]
         if len(done) != world_size:
             raise ValueError(
-                f"{directory}: only {len(done)} of {world_size} ranks have finished with these settings: "
-                "run the others first"
+                f"{directory}: only {len(done)} of {world_size} ranks have finished with these "
+                "settings: run the others first"
             )
+        # collect their shards, in the order of the numbers in their names
         shards = []
         for state in done:
             check_shard_files(directory, state.shards)
             shards += state.shards
         shards.sort(key=lambda shard: int(re.search(r"\d+", shard["file"])[0]))
-        get_tokenizer(settings["tokenizer"])  # the next line reads the files that this one loads
+        # meta.json comes last: it says that everything else is there
+        get_tokenizer(settings["tokenizer"])  # downloads GPT-2's vocabulary if it is not here
         write_tokenizer_files(settings["tokenizer"], directory)
         write_json(f"{directory}/meta.json", {**settings, "shards": shards})
     for path in glob.glob(f"{glob.escape(directory)}/state_*"):  # states and locks
@@ -723,43 +790,58 @@ def finish(directory):
 
 
 # -------------------------------------------------------------------------------- verifying
-def verify(directory):
-    """Check the shards of a directory, compare them with meta.json if it exists, and print a summary."""
-    if not os.path.isdir(directory):
-        fail(f"--verify {directory} is not a directory: pass a directory of shards")
-    names = sorted(name for name in os.listdir(directory) if re.fullmatch(r"[^.].*\.(npy|bin)", name))
-    if not names:
-        fail(f"{directory} contains no shards (.npy or .bin): pass a directory of shards")
+@dataclass
+class Summary:
+    """What verify prints about a split."""
 
-    # what the shards should be, from meta.json or from the states of an unfinished directory
+    shards: int = 0
+    tokens: int = 0
+    documents: int = 0
+    beginning: str = ""
+
+
+def verify(directory):
+    """Check the shards of a directory, compare them with meta.json, and print a summary.
+
+    Raises ValueError if there are problems.
+    """
+    if not os.path.isdir(directory):
+        raise ValueError(f"--verify {directory} is not a directory: pass a directory of shards")
+    names = [name for name in os.listdir(directory) if re.fullmatch(r"[^.].*\.(npy|bin)", name)]
+    if not names:
+        raise ValueError(f"{directory} contains no .npy or .bin files: pass a directory of shards")
+
+    # find out what the shards should be
     tokenizer = "gpt2"
-    expected = {}  # name of a shard: its entry in meta.json
+    described = []  # entries of meta.json or of the states
     states = read_states(directory)
     if os.path.exists(f"{directory}/meta.json"):
         meta = read_meta(directory)
-        tokenizer = meta["tokenizer"]
-        expected = {shard["file"]: shard for shard in meta["shards"]}
-        print(f"{directory}: {tokenizer} tokens, finished; the shards are compared with meta.json")
+        tokenizer, described = meta["tokenizer"], meta["shards"]
+        print(f"{directory}: {tokenizer} tokens; the shards are compared with meta.json")
     elif states:
         tokenizer = states[0].settings["tokenizer"]
-        expected = {shard["file"]: shard for state in states for shard in state.shards}
-        print(f"{directory}: {tokenizer} tokens, unfinished; the shards are compared with the saved states")
+        for state in states:
+            described += state.shards
+        print(f"{directory}: {tokenizer} tokens, unfinished; the shards are compared with the state")
     else:
-        print(f"{directory}: no meta.json, so {tokenizer} tokens are assumed and no checksums are compared")
+        print(f"{directory}: {tokenizer} tokens, assumed because meta.json is missing; no checksums")
+    expected = {shard["file"]: shard for shard in described}
     encoding = get_tokenizer(tokenizer)
 
+    # check each shard, and count its tokens and documents
     problems = [f"{name} is missing" for name in expected if name not in names]
     summaries = {}  # split: Summary
-    for name in tqdm(names, desc="verifying", unit="shard", disable=None, leave=False):
+    for name in tqdm(sorted(names), desc="verifying", unit="shard", disable=None, leave=False):
         path = f"{directory}/{name}"
         try:
             tokens = load_shard(path)
         except ValueError as error:
             problems.append(str(error))
             continue
-        largest = int(tokens.max()) if len(tokens) else 0
+        largest = int(tokens.max(initial=0))
         if largest >= encoding.n_vocab:
-            problems.append(f"{name} contains token {largest}, but the vocabulary has {encoding.n_vocab}")
+            problems.append(f"{name} contains token {largest}, but {tokenizer} has {encoding.n_vocab}")
         if expected and name not in expected:
             problems.append(f"{name} is not part of the data set")
         elif expected:
@@ -772,26 +854,19 @@ def verify(directory):
             first_tokens = [token for token in tokens[:50].tolist() if token < encoding.n_vocab]
             summary.beginning = encoding.decode(first_tokens)
 
+    # report
     for split, summary in summaries.items():
-        print(f"{split}: {summary.shards:,} shards, {summary.tokens:,} tokens, {summary.documents:,} documents")
+        print(f"{split}: {summary.shards:,} shards, {summary.tokens:,} tokens, ", end="")
+        print(f"{summary.documents:,} documents")
         print(f"  begins with {summary.beginning!r}")
     if problems:
-        fail(f"{len(problems)} problems in {directory}: {'; '.join(problems[:5])}")
+        first = "; ".join(problems[:5])
+        raise ValueError(f"{len(problems)} problems in {directory}: {first}")
     print("no problems found")
 
 
-@dataclass
-class Summary:
-    """What verify prints about a split."""
-
-    shards: int = 0
-    tokens: int = 0
-    documents: int = 0
-    beginning: str = ""
-
-
 def compare_shard(path, tokens, expected):
-    """Return a list with one problem if a shard is not the one that meta.json describes, else an empty list."""
+    """Return a list of what differs between a shard and its entry in meta.json."""
     name = os.path.basename(path)
     if len(tokens) != expected["tokens"]:
         return [f"{name} has {len(tokens)} tokens instead of {expected['tokens']}"]
@@ -969,13 +1044,12 @@ def run_script(main):
 
 
 def default_ranks():
-    """Return this process's rank and the number of processes, from torchrun's or Slurm's environment variables.
-
-    A batch script also sees Slurm's variables, but it runs once. Only `srun` starts one process per task.
-    The number of an srun step is small; batch scripts and interactive shells have numbers from 2**32 - 16 on.
-    """
+    """Return the rank and the number of processes, from RANK and WORLD_SIZE or from Slurm."""
     step = os.environ.get("SLURM_STEP_ID", "")
     rank, world_size = "0", "1"
+    # A batch script also sees SLURM_PROCID and SLURM_NTASKS, but it runs only once. srun starts one
+    # process per task, in a step with a small number. The steps of batch scripts and of interactive
+    # shells have numbers from 2**32 - 16 on.
     if step.isdecimal() and int(step) < 2**32 - 16:
         rank = os.environ.get("SLURM_PROCID", rank)
         world_size = os.environ.get("SLURM_NTASKS", world_size)
@@ -1075,7 +1149,8 @@ def main():
     except BrokenPipeError:
         raise  # run_script ends the script silently
     except OSError as error:
-        fail(f"{error}: finished shards are kept. Free some space if the disk is full, and run the same command again")
+        advice = "finished shards are kept: free some space if the disk is full, and run the same command again"
+        fail(f"{error}; {advice}")
 
 
 if __name__ == "__main__":
