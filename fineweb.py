@@ -18,7 +18,7 @@ files of 2 GB. Two CPU cores tokenize 5 to 9 million tokens per second, so the n
 sample-10BT (10 billion tokens, 27 GB of downloads) takes half an hour to an hour.
 
 Sections: tokenizing, parquet files, shards and state, making a data set, finishing, verifying,
-copied blocks, command line.
+shared functions, command line.
 """
 
 import argparse
@@ -243,6 +243,7 @@ class HubFiles:
         self.folder = folder
         self.keep = keep  # keep the downloaded files
         self.downloads = {}  # index of a file: Future of its path
+        self.deleted = 0  # number of files whose downloads are deleted, from the first one on
         # An interrupted run leaves partial downloads, but huggingface_hub starts new ones.
         for path in glob.glob(f"{glob.escape(folder)}/.cache/**/*.incomplete", recursive=True):
             os.remove(path)
@@ -296,9 +297,10 @@ class HubFiles:
         """Delete the downloads of all files before index, which are not needed any more."""
         if self.keep:
             return
-        for name, _ in self.files[:index]:
+        for name, _ in self.files[self.deleted : index]:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(f"{self.folder}/{name}")
+        self.deleted = index
 
     def delete_all(self):
         """Delete the folder of the downloads."""
@@ -830,7 +832,7 @@ def verify(directory):
     encoding = get_tokenizer(tokenizer)
 
     # check each shard, and count its tokens and documents
-    problems = [f"{name} is missing" for name in expected if name not in names]
+    problems = [f"{name} is missing" for name in sorted(set(expected) - set(names))]
     summaries = {}  # split: Summary
     for name in tqdm(sorted(names), desc="verifying", unit="shard", disable=None, leave=False):
         path = f"{directory}/{name}"
@@ -875,7 +877,7 @@ def compare_shard(path, tokens, expected):
     return []
 
 
-# ---------------------------------------------------------------------------- copied blocks
+# ------------------------------------------------------------------------- shared functions
 # --- copied block: write_tokenizer_files ---
 GPT2_FILES = {  # names for Hugging Face: OpenAI's names, SHA-256
     "vocab.json": ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
