@@ -72,7 +72,7 @@ def test_the_curves_are_the_figures_of_the_log(tmp_path):
     log_dir = write_run(tmp_path / "log", flags={"total_batch_size": 1000})
     figure = draw([log_dir], tmp_path)
     assert figure.get_supxlabel() == "tokens (millions)"
-    labels = {"train": "loss", "hella": "HellaSwag", "lr": "learning rate", "norm": "gradient", "tok/s": "tokens/s"}
+    labels = {"train": "loss", "hella": "HellaSwag", "lr": "learning rate", "norm": "gradient", "tok/s": "tokens per"}
     assert len(figure.axes) == len(labels)
     for kind, label in labels.items():
         expected = np.array([(step * 1000 / 1e6, value) for step, value in losses(log_dir, kind).items()]).T
@@ -83,7 +83,7 @@ def test_the_curves_are_the_figures_of_the_log(tmp_path):
     train = losses(log_dir)
     assert train[0] > high, "the fall of the first steps would flatten the rest"
     assert all(low < train[step] < high for step in range(10, 200))
-    assert panel(figure, "tokens/s").get_ylim()[0] == 0
+    assert panel(figure, "tokens per").get_ylim()[0] == 0
     assert panel(figure, "gradient").get_yscale() == "log"
 
 
