@@ -50,6 +50,7 @@ REFERENCES = [
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 GRAY = "#555555"
 STYLE = {
+    "agg.path.chunksize": 10_000,  # points drawn at a time: long lines take much less time
     "font.size": 12,
     "axes.grid": True,
     "axes.spines.right": False,
