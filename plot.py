@@ -119,6 +119,7 @@ def read_log(log_dir):
         except ValueError:
             skipped.append(number)
             continue
+        # steps beyond 1e15 and values beyond 1e30 cannot be drawn, and NaN fails every comparison
         if kind in KINDS and 0 <= step < 1e15 and abs(value) < 1e30:
             values_by_kind.setdefault(kind, {})[step] = value
     if skipped:
@@ -140,6 +141,7 @@ def read_flags(log_dir):
     """Read run.json. Returns {} if there is no such file, or, with a warning, if it is damaged."""
     path = f"{log_dir}/run.json"
     try:
+        # only this field is used in computations; the others are compared with texts
         flags = read_json(path)
         size = flags.get("total_batch_size", 1)
         if type(size) is not int or not 0 < size < 2**63:
@@ -171,6 +173,8 @@ def window_sums(values, width):
     Takes linear time. Differences of cumulative sums would be simpler, but after a spike of 1e30
     they have lost all digits of later values. Here each sum has values of its own window only.
     """
+    # Example: values 1 2 3 4 5 and width 3. The blocks are 1 2 3 and 4 5 0. The window 2 3 4 is the
+    # end of the first block, 2 + 3, and the start of the second, 4.
     num_windows = len(values) - width + 1
     # Cut the values into blocks of the width of a window, the last one filled up with zeros. Each
     # window is then the end of one block and the start of the next, or exactly a block.
@@ -206,6 +210,7 @@ def smooth(values):
 # --------------------------------------------------------------------------------------- drawing
 def choose_x_axis(runs, tokens_per_step):
     """Return the label of the x axis, and for each run the factor from steps to x."""
+    # tokens per step of each run
     sizes = [run.flags.get("total_batch_size", tokens_per_step) for run in runs]
     if None in sizes:  # not all are known
         return "steps (to show tokens, pass --tokens_per_step)", [1] * len(runs)
@@ -322,9 +327,11 @@ def finish_panels(panels, limits, reference):
     # y axes
     if limits:
         panels["train"].set_ylim(limits)
+    # gradient norms have spikes, which would flatten a linear axis
     if "norm" in panels and math.isfinite(panels["norm"].dataLim.minposy):  # a value is above 0
         panels["norm"].set_yscale("log", subs=[2, 5])
         panels["norm"].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    # throughput starts at 0, so that small changes look small
     if "tok/s" in panels:
         _, top = panels["tok/s"].get_ylim()
         panels["tok/s"].set_ylim(0, 1.05 * top)

@@ -31,6 +31,7 @@ import numpy as np
 import requests
 import tiktoken
 
+# The 40,000 lines of Shakespeare on which char-rnn and nanoGPT train their character-level models.
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TINY_SHAKESPEARE_PATH = "data/tinyshakespeare/input.txt"
@@ -64,6 +65,7 @@ def download_tiny_shakespeare():
     """Download Tiny Shakespeare, unless it is already there. Returns the path of the file."""
     path = TINY_SHAKESPEARE_PATH
     try:
+        # a file that is damaged, for example by an interrupted copy, is replaced
         if not os.path.isfile(path) or sha256_of(path) != TINY_SHAKESPEARE_SHA256:
             download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
     except OSError as error:
@@ -244,6 +246,7 @@ def is_complete(out_dir, tokenizer_name, source):
 
     # the files in out_dir are not a data set of this text
     try:
+        # read_meta checks all names and types: meta.json may have been edited or damaged
         meta = read_meta(out_dir)
     except (OSError, ValueError) as error:
         fail(f"--out_dir {out_dir} contains other files ({error}): choose another --out_dir")
@@ -323,6 +326,7 @@ def move_files(source_dir, out_dir):
     except OSError:
         # No file of out_dir is deleted: it may contain files that are not part of the data set.
         os.makedirs(out_dir, exist_ok=True)
+    # Readers take a directory without meta.json for shards of another project.
     file_names = [name for name in os.listdir(source_dir) if name != "meta.json"]
     for file_name in [*file_names, "meta.json"]:
         os.replace(f"{source_dir}/{file_name}", f"{out_dir}/{file_name}")
@@ -403,7 +407,8 @@ def main():
             f"{args.val_fraction}: use a longer text"
         )
 
-    # the source goes into meta.json, so that a later run can see which text this is
+    # the source goes into meta.json, so that a later run can see whether the data set is
+    # that of its text
     source = {
         "input": os.path.basename(path),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
