@@ -203,8 +203,8 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         # Different from GPT-2: the head has a bias and weights of its own. GPT-2's head has no bias
-        # and shares its weights with wte, which saves a third of the 124M model's parameters. With
-        # 65 characters there is nothing to save.
+        # and shares its weights with wte, which saves 38.6M parameters in the 124M model. With 65
+        # characters there is nothing to save.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
         # Small random weights make all logits nearly equal, so the first loss is ln(V). Different
         # from GPT-2: the layers that end in a residual connection (c_proj) start like all others.

@@ -238,7 +238,9 @@ def want_references(runs):
 
 def make_panels(figure, runs):
     """Create a panel for each kind of metric. Returns {kind: axes}."""
-    kinds = {kind for run in runs for kind in run.log}
+    kinds = set()
+    for run in runs:
+        kinds.update(run.log)
     # The grid has six columns. In the first row are loss and HellaSwag, in the second the others.
     # A name that is repeated is a panel of several columns.
     rows = [["train"] * 6]

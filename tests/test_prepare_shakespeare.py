@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import subprocess
@@ -183,7 +184,7 @@ def test_second_run_changes_nothing(tmp_path, text_file):
 @pytest.mark.parametrize("change", ["input", "val_fraction", "no meta.json"])
 def test_other_files_in_the_directory_are_refused_and_kept(tmp_path, text_file, change):
     flags = {"--input": text_file, "--out_dir": tmp_path / "out", "--val_fraction": 0.1}
-    call("prepare_shakespeare", *[part for pair in flags.items() for part in pair])
+    call("prepare_shakespeare", *itertools.chain.from_iterable(flags.items()))
     if change == "input":
         (tmp_path / "other.txt").write_text("another text " * 100)
         flags["--input"] = tmp_path / "other.txt"
@@ -192,7 +193,7 @@ def test_other_files_in_the_directory_are_refused_and_kept(tmp_path, text_file, 
     else:
         (tmp_path / "out" / "meta.json").unlink()
     before = content(tmp_path)
-    done = call("prepare_shakespeare", *[part for pair in flags.items() for part in pair])
+    done = call("prepare_shakespeare", *itertools.chain.from_iterable(flags.items()))
     assert done.returncode == 2
     assert str(tmp_path / "out") in done.stderr and "--out_dir" in done.stderr
     assert content(tmp_path) == before
