@@ -1,201 +1,462 @@
 """
-Draw the curves of a run, or of several runs over each other, as one picture.
+Plot the curves of one or more runs as one picture.
 
     python plot.py log                                 # writes log/curves.png
     python plot.py log log2 log3 --output three.png    # three runs in one picture
-    python plot.py log --show                          # opens the picture, too
-    python plot.py log_bng --tokens_per_step 524288 --reference    # build-nanogpt's log.txt, on FineWeb-Edu
+    python plot.py log --show                          # also opens the picture
+    python plot.py log_bng --tokens_per_step 524288 --reference    # a log of build-nanogpt
 
-Reads DIR/log.txt, the "step kind value" lines of train_gpt2.py or build-nanogpt, and DIR/run.json, the flags of
-train_gpt2.py, for the tokens of a step and the data set. Thin lines are as logged, thick ones means over 2 % of a
-run; dashed lines are what OpenAI's models reach. Takes two seconds, at any time of a run.
+Reads DIR/log.txt, which has one "step kind value" line per metric, as train_gpt2.py and
+build-nanogpt write it. The flags of train_gpt2.py in DIR/run.json say how many tokens make a step,
+and what the training data are. Takes two seconds, and can be used while a run is training.
+
+Thin lines show the logged values, thick lines their means over 2 % of a run. Dashed and dotted
+lines show OpenAI's models.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
 import sys
 import webbrowser
 from contextlib import suppress
-from itertools import cycle
+from dataclasses import dataclass
 
 import numpy as np
 
-LABELS = {  # of panels, by what they show; val stands in train's
+# The panels with their y labels, by the kind of metric. The kind "val" is drawn in panel "train".
+PANEL_LABELS = {
     "train": "loss (nats per token)",
     "hella": "HellaSwag accuracy",
     "lr": "learning rate",
     "norm": "gradient norm",
-    "tok/s": "tokens/s",
+    "tok/s": "tokens per second",
 }
-# (panel, model of OpenAI's, value, line): the loss is that on build-nanogpt's validation shard of FineWeb-Edu; endings
-# are chosen by likelihood a token; GPT-3's figure is table H.1 of "Language Models are Few-Shot Learners" (2020).
+KINDS = {*PANEL_LABELS, "val"}
+
+# Results of OpenAI's models: panel, model, value, line style. The loss is measured on the validation
+# shard of FineWeb-Edu that build-nanogpt uses. HellaSwag is acc_norm. GPT-3's result is from table
+# H.1 of "Language Models are Few-Shot Learners" (2020).
 REFERENCES = [
     ("train", "GPT-2 124M", 3.2924, "--"),
     ("hella", "GPT-3 124M", 0.337, ":"),
     ("hella", "GPT-2 124M", 0.2955, "--"),
 ]
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, for all eyes
+
+# the palette of Okabe and Ito, which color-blind readers can also tell apart
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+GRAY = "#555555"
 STYLE = {
-    **{"font.size": 12, "axes.grid": True, "grid.color": "#e5e5e5", "axes.xmargin": 0.02, "legend.frameon": False},
-    **{"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 11, "legend.handlelength": 1.5},
-    **{"lines.markersize": 5, "lines.markeredgewidth": 0.5, "lines.markeredgecolor": "white"},
+    "agg.path.chunksize": 10_000,  # points drawn at a time: long lines take much less time
+    "font.size": 12,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.xmargin": 0.02,
+    "grid.color": "#e5e5e5",
+    "legend.fontsize": 11,
+    "legend.frameon": False,
+    "legend.handlelength": 1.5,
+    "lines.markeredgecolor": "white",
+    "lines.markeredgewidth": 0.5,
+    "lines.markersize": 5,
 }
 
 
-def fail(message):
-    """Report a user's mistake in one line on stderr and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+# ---------------------------------------------------------------------------------- reading runs
+@dataclass
+class Run:
+    """What is drawn of a run."""
+
+    name: str
+    log: dict  # {kind: (steps (N,), values (N,))}
+    flags: dict  # the content of run.json, {} if there is none
 
 
-def read_run(log_dir):
-    """The figures in log.txt, {kind: (steps (N,), values (N,))}, and the flags in run.json, {} if none can be read.
+# --- copied block: read_json ---
+def read_json(path):
+    """Return the JSON object in a file as a dict. Raises ValueError if there is no such object, OSError if no file."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not contain a JSON object")
+    return content
 
-    Lines that are no "step kind value" are skipped and counted on stderr; other kinds, and values that are not finite
-    or too large for an axis, are left out; of two for a step the later one holds.
+
+# --- end of copied block: read_json ---
+
+
+def read_log(log_dir):
+    """Read log.txt. Returns {kind: (steps (N,), values (N,))} with increasing steps.
+
+    Lines that are not "step kind value" are skipped, and a warning counts them. Other kinds, and
+    values that are infinite, NaN or too large for an axis, are left out. If a step is logged twice,
+    the later value counts. Raises OSError or ValueError if the file cannot be read.
     """
-    found, wrong = {}, []
-    with open(f"{log_dir}/log.txt", encoding="utf-8", errors="replace") as file:
-        lines = file.read().split("\n")[:-1]  # what no newline ends was cut, or is being written
+    path = f"{log_dir}/log.txt"
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = file.read().split("\n")
+    lines.pop()  # what follows the last newline: nothing, or a line that is still being written
+
+    # collect the values
+    values_by_kind = {}  # {kind: {step: value}}
+    skipped = []  # line numbers
     for number, line in enumerate(lines, 1):
         try:
             step, kind, value = line.split()
-            if kind in {*LABELS, "val"} and abs(float(value)) < 1e30:
-                found.setdefault(kind, {})[int(step)] = float(value)
+            step = int(step)
+            value = float(value)
         except ValueError:
-            wrong.append(number)
-    if wrong:
-        what = f"skipped {len(wrong)} of {len(lines)} lines that are no 'step kind value', the first is line {wrong[0]}"
-        print(f"warning: {log_dir}/log.txt: {what}", file=sys.stderr)
-    log = {kind: np.array(sorted(figures.items()), float).T for kind, figures in found.items()}  # (2, N)
+            skipped.append(number)
+            continue
+        # steps beyond 1e15 and values beyond 1e30 cannot be drawn, and NaN fails every comparison
+        if kind in KINDS and 0 <= step < 1e15 and abs(value) < 1e30:
+            values_by_kind.setdefault(kind, {})[step] = value
+    if skipped:
+        print(
+            f"warning: {path}: skipped {len(skipped)} of {len(lines)} lines that are not "
+            f"'step kind value', the first is line {skipped[0]}",
+            file=sys.stderr,
+        )
+
+    # sort them by step
+    log = {}
+    for kind, values in values_by_kind.items():
+        steps = sorted(values)
+        log[kind] = np.array(steps, float), np.array([values[step] for step in steps])
+    return log
+
+
+def read_flags(log_dir):
+    """Read run.json. Returns {} if there is no such file, or, with a warning, if it is damaged."""
+    path = f"{log_dir}/run.json"
     try:
-        with open(f"{log_dir}/run.json", encoding="utf-8") as file:
-            return log, dict(json.load(file))
-    except (OSError, ValueError, TypeError):
-        return log, {}
+        # only this field is used in computations; the others are compared with texts
+        flags = read_json(path)
+        size = flags.get("total_batch_size", 1)
+        if type(size) is not int or not 0 < size < 2**63:
+            raise ValueError(f"{path}: total_batch_size is {size!r}, not a positive integer")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        print(f"warning: {error}: the file is ignored", file=sys.stderr)
+        return {}
+    return flags
+
+
+def read_runs(log_dirs):
+    """Read the runs in log_dirs. Raises OSError or ValueError if one of them cannot be read."""
+    # The name of a run is that of its directory, or the whole path if two names are the same.
+    names = [os.path.basename(os.path.abspath(log_dir)) for log_dir in log_dirs]
+    if len(set(names)) < len(names):
+        names = log_dirs
+    runs = []
+    for name, log_dir in zip(names, log_dirs, strict=True):
+        runs.append(Run(name, read_log(log_dir), read_flags(log_dir)))
+    return runs
+
+
+# ------------------------------------------------------------------------------------- smoothing
+def window_sums(values, width):
+    """Return the sums of all windows of width values in values (N,): (N - width + 1,).
+
+    Takes linear time. Differences of cumulative sums would be simpler, but after a spike of 1e30
+    they have lost all digits of later values. Here each sum has values of its own window only.
+    """
+    # Example: values 1 2 3 4 5 and width 3. The blocks are 1 2 3 and 4 5 0. The window 2 3 4 is the
+    # end of the first block, 2 + 3, and the start of the second, 4.
+    num_windows = len(values) - width + 1
+    # Cut the values into blocks of the width of a window, the last one filled up with zeros. Each
+    # window is then the end of one block and the start of the next, or exactly a block.
+    num_blocks = math.ceil(len(values) / width)
+    blocks = np.zeros((num_blocks, width))
+    blocks.flat[: len(values)] = values
+    # for each value, the sum from it to the end of its block, and from the start of its block to it
+    to_end = blocks[:, ::-1].cumsum(axis=1)[:, ::-1].ravel()
+    from_start = blocks.cumsum(axis=1).ravel()
+
+    first = np.arange(num_windows)
+    last = first + width - 1
+    return to_end[first] + np.where(first % width == 0, 0.0, from_start[last])
 
 
 def smooth(values):
-    """Means over windows of about 2 % of values (N,): (N,)."""
-    reach = [min(i, len(values) // 100) for i in range(len(values))]  # symmetric at the start, too: its fall is steep
-    return np.array([values[i - n : i + n + 1].mean() for i, n in enumerate(reach)])
+    """Return the means of windows of about 2 % of values (N,) around each value: (N,).
+
+    At the start the windows are smaller and symmetric, so that the steep start of a loss curve is
+    not distorted. At the end they are cut off.
+    """
+    reach = len(values) // 100  # values on each side
+    width = 2 * reach + 1
+    # zeros on both sides: the windows at the ends have sums of fewer values
+    counts = window_sums(np.pad(np.ones(len(values)), reach), width)
+    means = window_sums(np.pad(values, reach), width) / counts
+    if reach > 0:
+        # the first windows have 1, 3, 5, ... values
+        means[:reach] = np.cumsum(values)[: 2 * reach : 2] / np.arange(1, 2 * reach, 2)
+    return means
+
+
+# --------------------------------------------------------------------------------------- drawing
+def choose_x_axis(runs, tokens_per_step):
+    """Return the label of the x axis, and for each run the factor from steps to x."""
+    # tokens per step of each run
+    sizes = [run.flags.get("total_batch_size", tokens_per_step) for run in runs]
+    if None in sizes:  # not all are known
+        return "steps (to show tokens, pass --tokens_per_step)", [1] * len(runs)
+    # the unit depends on the longest run
+    most_tokens = 0
+    for run, size in zip(runs, sizes, strict=True):
+        for steps, _ in run.log.values():
+            most_tokens = max(most_tokens, steps[-1] * size)
+    if most_tokens >= 1e9:
+        return "tokens (billions)", [size / 1e9 for size in sizes]
+    return "tokens (millions)", [size / 1e6 for size in sizes]
+
+
+def is_fineweb_edu(flags):
+    """Return whether the flags of a run say that it trains on FineWeb-Edu in GPT-2's tokens."""
+    pattern = r"HuggingFaceFW/fineweb-edu(?![\w-])"
+    return flags.get("tokenizer") == "gpt2" and bool(re.search(pattern, str(flags.get("source"))))
+
+
+def want_references(runs):
+    """Return whether OpenAI's results are comparable: all data that are known are FineWeb-Edu."""
+    flags_with_data = [run.flags for run in runs if "tokenizer" in run.flags]
+    return bool(flags_with_data) and all(map(is_fineweb_edu, flags_with_data))
+
+
+def make_panels(figure, runs):
+    """Create a panel for each kind of metric. Returns {kind: axes}."""
+    kinds = set()
+    for run in runs:
+        kinds.update(run.log)
+    # The grid has six columns. In the first row are loss and HellaSwag, in the second the others.
+    # A name that is repeated is a panel of several columns.
+    rows = [["train"] * 6]
+    if "hella" in kinds:
+        rows = [["train"] * 4 + ["hella"] * 2]
+    second_row = [kind for kind in ("lr", "norm", "tok/s") if kind in kinds]
+    if second_row:
+        width = 6 // len(second_row)
+        rows.append(np.repeat(second_row, width).tolist())  # ["lr", "lr", "norm", "norm", ...]
+    height_ratios = [3, 2][: len(rows)]
+    return figure.subplot_mosaic(rows, height_ratios=height_ratios)
+
+
+def draw_run(panels, run, scale, color):
+    """Draw all curves of a run, with x = scale * step, and its entry in the legend."""
+    for kind, (steps, values) in run.log.items():
+        x = steps * scale
+        axes = panels["train" if kind == "val" else kind]
+        if kind in ("val", "hella"):  # measured now and then: points
+            axes.plot(x, values, "o", color=color, zorder=3)
+        else:  # logged at every step: a thin line, and a thick line through the means
+            axes.plot(x, values, color=color, lw=0.6, alpha=0.35)
+            means = values if kind == "lr" else smooth(values)
+            marker = "o" if len(x) < 20 else None  # a line through one point would be invisible
+            axes.plot(x, means, color=color, lw=1.8, marker=marker)
+
+    # the entry in the legend
+    label = run.name
+    if "val" in run.log:
+        _, values = run.log["val"]
+        label = f"{label}: val loss {values[-1]:.4f}"
+    # In Matplotlib, $ begins a formula, and labels that begin with _ are not shown.
+    label = label.replace("$", r"\$")
+    if label.startswith("_"):
+        label = f" {label}"
+    panels["train"].plot([], [], color=color, lw=4, label=label)
+
+
+def draw_references(panels):
+    """Draw the results of OpenAI's models as horizontal lines."""
+    for kind, model, value, line_style in REFERENCES:
+        if kind in panels:
+            label = f"{model}: {value}"
+            panels[kind].axhline(value, color=GRAY, lw=1.2, ls=line_style, label=label)
+
+
+def loss_limits(runs, reference):
+    """Return (low, high), the y range of the losses, or None if there are no losses.
+
+    The first twentieth of each run is left out: with its steep fall in the picture, the rest of the
+    curve would be flat.
+    """
+    losses = []
+    for run in runs:
+        for kind in ("train", "val"):
+            if kind in run.log:
+                steps, values = run.log[kind]
+                losses.extend(values[steps >= steps[-1] / 20])
+    if not losses:
+        return None
+    if reference:
+        losses.extend(value for kind, _, value, _ in REFERENCES if kind == "train")
+    low = min(losses)
+    high = max(losses)
+    margin = 0.05 * (high - low) or 0.1 * max(1.0, abs(high))
+    return low - margin, high + margin
+
+
+def finish_panels(panels, limits, reference):
+    """Add labels, reference lines and legends to the panels, and set their y axes."""
+    from matplotlib import ticker  # imported here because it is slow
+
+    # legend entries for the two ways in which losses are drawn
+    panels["train"].plot([], [], color=GRAY, lw=1.8, label="train")
+    panels["train"].plot([], [], "o", color=GRAY, label="validation")
+    if reference:
+        draw_references(panels)
+
+    # labels and legends
+    for kind, axes in panels.items():
+        axes.set_ylabel(PANEL_LABELS[kind])
+        handles, _ = axes.get_legend_handles_labels()
+        if handles:
+            axes.legend(loc="upper right" if kind == "train" else "lower right")
+
+    # y axes
+    if limits:
+        panels["train"].set_ylim(limits)
+    # gradient norms have spikes, which would flatten a linear axis
+    if "norm" in panels and math.isfinite(panels["norm"].dataLim.minposy):  # a value is above 0
+        panels["norm"].set_yscale("log", subs=[2, 5])
+        panels["norm"].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    # throughput starts at 0, so that small changes look small
+    if "tok/s" in panels:
+        _, top = panels["tok/s"].get_ylim()
+        panels["tok/s"].set_ylim(0, 1.05 * top)
+        panels["tok/s"].yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+
+
+def save_figure(figure, path):
+    """Write a figure to path atomically, in the format that the ending of path says."""
+    # write to another name first, so that an error leaves an older picture as it is
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        figure.savefig(temporary, format=os.path.splitext(path)[1][1:])
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
 
 
 def draw(log_dirs, path, tokens_per_step=None, reference=None):
-    """Draw the runs in log_dirs to the file path, which appears whole or not at all; returns the figure.
+    """Draw the runs in the directories log_dirs, and write the picture to path. Returns the figure.
 
-    tokens_per_step is for runs without a run.json. reference says whether to draw REFERENCES; None means where a
-    run.json tells of FineWeb-Edu in GPT-2's tokens, and none of other data. Raises ValueError where there is nothing
-    to draw, OSError where a file cannot be read or written.
+    tokens_per_step is used for runs without a run.json. reference says whether to draw OpenAI's
+    results; None means yes if all runs that have a run.json train on FineWeb-Edu. Raises ValueError
+    if there is nothing to draw, OSError if a file cannot be read or written.
     """
-    from matplotlib import rc_context, ticker  # not above: it takes a second and writes a cache
+    from matplotlib import rc_context  # imported here because it is slow, and writes a cache
     from matplotlib.figure import Figure
 
-    logs, flags = zip(*map(read_run, log_dirs), strict=True)
-    kinds = {kind for log in logs for kind in log}
-    if not kinds:
+    # read the runs, and decide what to draw
+    runs = read_runs(log_dirs)
+    if not any(run.log for run in runs):
         raise ValueError(f"{log_dirs[0]}/log.txt has nothing to draw yet")
-    names = [os.path.basename(os.path.abspath(one)) for one in log_dirs]
-    names = [name.replace("$", r"\$") for name in (names if len(set(names)) == len(names) else log_dirs)]
     if reference is None:
-        data = [f"{one['tokenizer']} {one.get('source')}" for one in flags if "tokenizer" in one]
-        reference = bool(data) and all(re.match(r"gpt2 .*HuggingFaceFW/fineweb-edu(?![\w-])", one) for one in data)
-    sizes = [one.get("total_batch_size", tokens_per_step) for one in flags]  # tokens a step
-    if None in sizes:
-        sizes, unit, x_label = [1] * len(logs), 1, "steps (for tokens: --tokens_per_step)"
-    else:
-        most = max(size * x[-1] for size, log in zip(sizes, logs, strict=True) for x, _ in log.values())
-        unit, x_label = (1e9, "tokens (billions)") if most >= 1e9 else (1e6, "tokens (millions)")
+        reference = want_references(runs)
+    x_label, scales = choose_x_axis(runs, tokens_per_step)
 
-    below = [kind for kind in ("lr", "norm", "tok/s") if kind in kinds]
-    rows = [["train"] * 4 + ["hella"] * 2 if "hella" in kinds else ["train"] * 6]
-    rows += [[kind for kind in below for _ in range(6 // len(below))]] if below else []
+    # draw it
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 7), dpi=160, layout="constrained")  # inches
-        panels = figure.subplot_mosaic(rows, height_ratios=[3, 2][: len(rows)])
         figure.supxlabel(x_label, size=12)
-        late = []  # losses after the first twentieth of their run: the fall before would flatten all the rest
-        for log, name, size, color in zip(logs, names, sizes, cycle(COLORS), strict=False):
-            for kind, (x, y) in log.items():
-                axes = panels["train" if kind == "val" else kind]
-                if kind in ("train", "val"):
-                    late.extend(y[x >= x[-1] / 20])
-                if kind == "val":
-                    name = f"{name}: val loss {y[-1]:.4f}"
-                x = x * size / unit
-                if kind in ("val", "hella"):
-                    axes.plot(x, y, "o", color=color, zorder=3)
-                else:
-                    axes.plot(x, y, color=color, lw=0.6, alpha=0.35)
-                    mean = y if kind == "lr" else smooth(y)
-                    axes.plot(x, mean, color=color, lw=1.8, marker="o" if len(x) < 20 else None)
-            panels["train"].plot([], [], color=color, lw=4, label=name)
-        panels["train"].plot([], [], color="#555555", lw=1.8, label="train")
-        panels["train"].plot([], [], "o", color="#555555", label="validation")
-        for kind, model, value, line in REFERENCES if reference else []:
-            if kind in panels:
-                panels[kind].axhline(value, color="#555555", lw=1.2, ls=line, label=f"{model}: {value}")
-                late.extend([value] if kind == "train" else [])
-        for kind, axes in panels.items():
-            axes.set_ylabel(LABELS[kind])
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="upper right" if kind == "train" else "lower right")
-        if late:
-            margin = 0.05 * (max(late) - min(late)) or 0.1
-            panels["train"].set_ylim(min(late) - margin, max(late) + margin)
-        if "norm" in panels:
-            panels["norm"].set_yscale("log", subs=[2, 5])
-            panels["norm"].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-        if "tok/s" in panels:
-            panels["tok/s"].set_ylim(0, 1.05 * panels["tok/s"].get_ylim()[1])
-            panels["tok/s"].yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-        temporary = f"{path}.{os.getpid()}.tmp"
-        try:
-            figure.savefig(temporary, format=os.path.splitext(path)[1][1:])
-            os.replace(temporary, path)
-        finally:
-            with suppress(FileNotFoundError):
-                os.remove(temporary)
+        panels = make_panels(figure, runs)
+        for i, run in enumerate(runs):
+            draw_run(panels, run, scales[i], COLORS[i % len(COLORS)])
+        finish_panels(panels, loss_limits(runs, reference), reference)
+        save_figure(figure, path)
     return figure
 
 
-def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
+# ---------------------------------------------------------------------------------- command line
+# --- copied block: fail ---
+def fail(message):
+    """Report a user error in one line on stderr and exit with status 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- end of copied block: fail ---
+
+
+# --- copied block: run_script ---
+def run_script(main):
+    """Call main() with output that suits terminals, pipes and files.
+
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
+    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, as in ">&-"
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (stays open)
+        elif hasattr(stream, "reconfigure"):  # Jupyter's streams have no such method
+            stream.reconfigure(errors="replace", line_buffering=True)
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(0)  # a normal exit would write to the closed pipe again
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        os._exit(1)
+
+
+# --- end of copied block: run_script ---
+
+
+def parse_args():
+    """Parse and check the flags."""
+    as_written = argparse.RawTextHelpFormatter  # keeps the line breaks of the docstring
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.error = lambda message: fail(f"{message}: see --help")  # argparse's own errors in one line
     add = parser.add_argument
-    add("log_dirs", nargs="+", metavar="DIR", help="directories of runs, each with a log.txt")
-    add("--tokens_per_step", type=int, metavar="N", help="tokens a step of runs without a run.json (x shows steps)")
-    add("--output", metavar="FILE", help="picture to write, .png, .svg or .pdf (curves.png in the first DIR)")
-    switch = argparse.BooleanOptionalAction
-    add("--reference", action=switch, help="draw OpenAI's figures (where a run.json tells of FineWeb-Edu)")
-    add("--show", action="store_true", help="open the picture in the system's viewer, too")
+    add("log_dirs", nargs="+", metavar="DIR", help="directory of a run, which contains log.txt")
+    tokens_help = "tokens per step of runs without a run.json (default: unknown, show steps)"
+    add("--tokens_per_step", type=int, metavar="N", help=tokens_help)
+    output_help = "picture to write, .png, .svg or .pdf (default: curves.png in the first DIR)"
+    add("--output", metavar="FILE", help=output_help)
+    reference_help = "draw the results of OpenAI's models (default: for runs on FineWeb-Edu)"
+    add("--reference", action=argparse.BooleanOptionalAction, help=reference_help)
+    add("--show", action="store_true", help="also open the picture in the system's viewer")
     args = parser.parse_args()
-    if args.tokens_per_step is not None and args.tokens_per_step < 1:
-        fail(f"--tokens_per_step is {args.tokens_per_step}: it must be above 0")
+    size = args.tokens_per_step
+    if size is not None and not 0 < size < 2**63:
+        fail(f"--tokens_per_step is {size}: it must be above 0 and below 2^63")
+    return args
+
+
+def main():
+    args = parse_args()
+    # check what can be checked before the slow work
     path = args.output or f"{args.log_dirs[0]}/curves.png"
-    if not path.endswith((".png", ".svg", ".pdf")):
-        fail(f"--output {path} is no picture: name a .png, .svg or .pdf file")
+    if os.path.splitext(path)[1] not in (".png", ".svg", ".pdf"):
+        fail(f"--output {path} is not a picture file: use a name that ends with .png, .svg or .pdf")
     try:
         draw(args.log_dirs, path, args.tokens_per_step, args.reference)
     except ImportError as error:
         fail(f"cannot draw ({error}): pip install -r requirements.txt")
     except (OSError, ValueError) as error:
-        fail(f"{error}: name directories with a log.txt, and an --output that can be written")
+        fail(f"{error}: pass directories with a log.txt, and an --output that can be written")
     print(path)
     if args.show and not webbrowser.open(f"file://{os.path.abspath(path)}"):
-        fail(f"--show finds no viewer: look at {path}")
+        fail(f"--show found no viewer: open {path} yourself")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has enough
-        os._exit(0)
-    except OSError as error:  # a full disk, say, under standard output
-        print(f"error: {error}", file=sys.stderr)
-        os._exit(1)
+    run_script(main)

@@ -1,20 +1,28 @@
 """
-Turn any UTF-8 text into the token shards that train_gpt2.py reads.
+Turn a UTF-8 text into the token shards that train_gpt2.py reads.
 
-    python prepare_shakespeare.py                              # input.txt, one token a byte, no network
-    python prepare_shakespeare.py --tokenizer gpt2             # GPT-2's 50,257 tokens (fetched once)
+    python prepare_shakespeare.py                              # input.txt, one token per byte
+    python prepare_shakespeare.py --tokenizer gpt2             # GPT-2's 50,257 tokens
     python prepare_shakespeare.py --download --out_dir tiny    # the real Tiny Shakespeare
     python prepare_shakespeare.py --input book.txt --out_dir book
 
-Writes, in a second, OUT_DIR/NAME_train_000000.npy, OUT_DIR/NAME_val_000000.npy (one-dimensional
-uint16 arrays, NAME is OUT_DIR's last part) and OUT_DIR/meta.json, which describes them. The last
-tenth of the text is for validation. For input.txt: 432,828 training and 48,093 validation tokens.
+Takes a second, and writes five files to OUT_DIR. NAME is the last part of OUT_DIR.
+
+    NAME_train_000000.npy   the first 90 % of the text, a one-dimensional uint16 array of tokens
+    NAME_val_000000.npy     the last 10 %, for validation
+    meta.json               describes the data set: tokenizer, source, sizes, checksums
+    vocab.json, merges.txt  the tokenizer in Hugging Face's format, for checkpoints
+
+For input.txt these are 432,828 training tokens and 48,093 validation tokens.
+The text is one document. A literal <|endoftext|> in it is tokenized like any other text: it does
+not become the end-of-text token.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -23,154 +31,406 @@ import numpy as np
 import requests
 import tiktoken
 
+# The 40,000 lines of Shakespeare on which char-rnn and nanoGPT train their character-level models.
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TINY_SHAKESPEARE_PATH = "data/tinyshakespeare/input.txt"
 
 
+# -------------------------------------------------------------------------------------- the text
 def download(url, path, sha256):
-    """Fetch url to path. The file appears there whole and with the right SHA-256, or not at all (OSError)."""
+    """Download url to path atomically. Exits with an error if the content has another SHA-256.
+
+    Raises OSError if the file cannot be written.
+    """
+    # what the user can do if the download fails
+    by_hand = f"download it by hand to {path}, or pass another text with --input"
     try:
         response = requests.get(url, timeout=30)
         response.raise_for_status()
     except requests.RequestException as error:
-        fail(f"cannot fetch {url} ({type(error).__name__}): get it elsewhere and name it with --input")
-    found = hashlib.sha256(response.content).hexdigest()
-    if found != sha256:
-        fail(f"{url} came with SHA-256 {found} instead of {sha256}: get it elsewhere and name it with --input")
+        fail(f"cannot download {url} ({type(error).__name__}): {by_hand}")
+    # a proxy may answer with a page of its own, so the content is compared with what is expected
+    actual = hashlib.sha256(response.content).hexdigest()
+    if actual != sha256:
+        fail(f"{url} has SHA-256 {actual} instead of {sha256}: {by_hand}")
+    # write to another name first, so that path never has half of the file
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f"{path}.tmp", "wb") as file:
         file.write(response.content)
     os.replace(f"{path}.tmp", path)
 
 
-# --- copied block: text ---
-def fail(message):
-    """Report a user's mistake in one line on stderr and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def read_text(path):
-    """The text of a UTF-8 file, its line ends as they are; exits if there is none."""
+def download_tiny_shakespeare():
+    """Download Tiny Shakespeare, unless it is already there. Returns the path of the file."""
+    path = TINY_SHAKESPEARE_PATH
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read() or fail(f"{path!r} is empty: name another text with --input")
+        # a file that is damaged, for example by an interrupted copy, is replaced
+        if not os.path.isfile(path) or sha256_of(path) != TINY_SHAKESPEARE_SHA256:
+            download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
+    except OSError as error:
+        fail(f"cannot write {path} ({error.strerror}): change to a writable directory")
+    return path
+
+
+# --- copied block: read_text ---
+def read_text(path):
+    """Return the text of a UTF-8 file with its line endings unchanged. Exits if there is none."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # utf-8-sig drops a byte order mark
+            text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read {path!r} as UTF-8 text ({error}): name another with --input")
+        fail(f"cannot read {path!r} as UTF-8 text ({error}): pass another file with --input")
+    if not text:
+        fail(f"{path!r} is empty: pass another file with --input")
+    return text
 
 
-# --- end of copied block: text ---
-# --- copied block: get_tokenizer ---
-def get_tokenizer(name):
-    """The tiktoken.Encoding called name.
-
-    "gpt2" has 50,257 tokens; tiktoken fetches its vocabulary once, or finds it in TIKTOKEN_CACHE_DIR, and
-    raises requests.RequestException where it cannot. "bytes" has 257, the 256 bytes and <|endoftext|>, and
-    never needs a network.
-    """
-    if name == "gpt2":
-        return tiktoken.get_encoding("gpt2")
-    ranks = {bytes([i]): i for i in range(256)}
-    pieces = r"(?s:.{1,1000})"  # how text is cut before merging: with no merges any cut gives the same
-    return tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+# --- end of copied block: read_text ---
 
 
-# --- end of copied block: get_tokenizer ---
 # --- copied block: sha256_of ---
 def sha256_of(path):
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- end of copied block: sha256_of ---
-def write_shards(out_dir, parts, tokenizer, source):
-    """Write a data set: one shard for each split of parts {"train": text, "val": text}, then meta.json.
 
-    All of it is made in a temporary directory that is renamed when it is complete, so that out_dir
-    either holds the whole data set or does not exist. Returns meta.json's content.
+
+# ------------------------------------------------------------------------------------- tokenizer
+# --- copied block: get_tokenizer ---
+def get_tokenizer(name):
+    """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
+
+    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes" needs no
+    network. Raises ValueError if the vocabulary cannot be loaded.
     """
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # network, disk or a wrong file: these errors share no base class
+            raise ValueError(
+                f"cannot load GPT-2's vocabulary ({type(error).__name__}): connect to the network once, "
+                "or set TIKTOKEN_CACHE_DIR to a directory that contains it"
+            ) from None
+    byte_ranks = {bytes([i]): i for i in range(256)}
+    return tiktoken.Encoding(
+        name,
+        pat_str=r"(?s:.{1,1000})",  # where text is split does not matter, because no tokens are merged
+        mergeable_ranks=byte_ranks,
+        special_tokens={"<|endoftext|>": 256},
+    )
+
+
+# --- end of copied block: get_tokenizer ---
+
+
+def tokenize(tokenizer, text):
+    """Return the tokens of a document, a uint16 array (N,) that starts with the end-of-text token.
+
+    Raises ValueError if tiktoken cannot tokenize the text.
+    """
+    # tiktoken fails at 999,999 blanks in a row, and not with an ordinary exception. GPT-2's regular
+    # expression needs one entry of a stack of limited size for each of them.
+    if tokenizer.name == "gpt2":
+        longest_run = max(map(len, re.findall(r"\s+", text)), default=0)
+        if longest_run >= 999_000:
+            raise ValueError(
+                f"the text has {longest_run:,} blanks in a row, more than tiktoken can tokenize: remove some of them"
+            )
+    # encode_ordinary knows no special tokens: <|endoftext|> in the text is text like any other
+    tokens = tokenizer.encode_ordinary(text)
+    return np.array([tokenizer.eot_token, *tokens], dtype="<u2")
+
+
+# --- copied block: write_tokenizer_files ---
+GPT2_FILES = {  # names for Hugging Face: OpenAI's names, SHA-256
+    "vocab.json": ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+    "merges.txt": ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+}
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+
+
+def write_tokenizer_files(name, directory):
+    """Write vocab.json and merges.txt, from which transformers builds the tokenizer, into directory.
+
+    For "gpt2" they are OpenAI's files, which tiktoken has in its cache once get_tokenizer("gpt2") has been called.
+    """
+    if name == "gpt2":
+        for file_name, (original_name, sha256) in GPT2_FILES.items():
+            content = tiktoken.load.read_file_cached(f"{GPT2_URL}/{original_name}", sha256)
+            with open(f"{directory}/{file_name}", "wb") as file:
+                file.write(content)
+        return
+    # vocab.json maps characters to ids. GPT-2 represents each byte by one character: the printable bytes of
+    # Latin-1 by themselves, the others by the characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocab = {chr(byte): byte for byte in printable}
+    for i, byte in enumerate(others):
+        vocab[chr(256 + i)] = byte
+    vocab["<|endoftext|>"] = 256
+    with open(f"{directory}/vocab.json", "w", encoding="utf-8") as file:
+        json.dump(vocab, file)
+    with open(f"{directory}/merges.txt", "w", encoding="utf-8") as file:
+        file.write("#version: 0.2\n")  # no merges
+
+
+# --- end of copied block: write_tokenizer_files ---
+
+
+# -------------------------------------------------------------------------------------- data set
+# --- copied block: read_json ---
+def read_json(path):
+    """Return the JSON object in a file as a dict. Raises ValueError if there is no such object, OSError if no file."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
     try:
-        enc = get_tokenizer(tokenizer)
-    except requests.RequestException as error:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not contain a JSON object")
+    return content
+
+
+# --- end of copied block: read_json ---
+
+
+# --- copied block: read_meta ---
+VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
+
+
+def check_shards(shards, path):
+    """Raise ValueError if the list of shards in a JSON file is not what fineweb.py and prepare_shakespeare.py write."""
+    if not isinstance(shards, list):
+        raise ValueError(f"{path}: shards is not a list")
+    for shard in shards:
+        if not isinstance(shard, dict):
+            raise ValueError(f"{path}: {shard!r} does not describe a shard")
+        name, tokens, sha256 = shard.get("file"), shard.get("tokens"), shard.get("sha256")
+        # A plain name cannot point to a file outside the directory.
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.(npy|bin)", name):
+            raise ValueError(f"{path}: {name!r} is not the name of a shard")
+        if type(tokens) is not int or not 0 <= tokens < 2**62:
+            raise ValueError(f"{path}: {name} has {tokens!r} tokens")
+        if sha256 and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
+            raise ValueError(f"{path}: {sha256!r} is not a SHA-256")
+
+
+def read_meta(directory):
+    """Return the checked content of a data set's meta.json. Raises ValueError if it is damaged, OSError if missing."""
+    path = f"{directory}/meta.json"
+    meta = read_json(path)
+    tokenizer, vocab_size = meta.get("tokenizer"), meta.get("vocab_size")
+    if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != vocab_size:
+        raise ValueError(f"{path}: there is no tokenizer {tokenizer!r} with {vocab_size!r} tokens")
+    check_shards(meta.get("shards"), path)
+    return meta
+
+
+# --- end of copied block: read_meta ---
+
+
+def is_complete(out_dir, tokenizer_name, source):
+    """Return whether out_dir already contains this data set, with all files and correct checksums.
+
+    Exits with an error if out_dir contains anything else, which must not be overwritten.
+    """
+    # nothing is there yet
+    if not os.path.isdir(out_dir) or not os.listdir(out_dir):
+        return False
+
+    # the files in out_dir are not a data set of this text
+    try:
+        # read_meta checks all names and types: meta.json may have been edited or damaged
+        meta = read_meta(out_dir)
+    except (OSError, ValueError) as error:
+        fail(f"--out_dir {out_dir} contains other files ({error}): choose another --out_dir")
+    if meta["tokenizer"] != tokenizer_name or meta.get("source") != source:
         fail(
-            f"cannot fetch the GPT-2 vocabulary ({type(error).__name__}): use --tokenizer bytes, "
-            "or point TIKTOKEN_CACHE_DIR at a folder that holds it"
+            f"--out_dir {out_dir} contains a data set with another text, --tokenizer or "
+            "--val_fraction: choose another --out_dir, or delete it"
         )
-    name = os.path.basename(os.path.abspath(out_dir))
-    meta = {"tokenizer": tokenizer, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token, "source": source}
-    meta["shards"] = []
-    parent = os.path.dirname(os.path.abspath(out_dir))
+
+    # it is this data set, but it may be damaged or without the files of the tokenizer
+    if [shard.get("split") for shard in meta["shards"]] != ["train", "val"]:
+        return False
+    for shard in meta["shards"]:
+        path = f"{out_dir}/{shard['file']}"
+        if not os.path.isfile(path) or sha256_of(path) != shard.get("sha256"):
+            return False
+    tokenizer_files = (f"{out_dir}/vocab.json", f"{out_dir}/merges.txt")
+    return all(os.path.isfile(path) for path in tokenizer_files)
+
+
+def write_data_set(out_dir, parts, tokenizer_name, source):
+    """Write a data set with one shard per split: parts is {"train": text, "val": text}.
+
+    Returns the content of meta.json. Raises ValueError if a text cannot be tokenized, OSError if a
+    file cannot be written.
+    """
+    # The tokenizer comes first: if it cannot be loaded, nothing is written.
+    tokenizer = get_tokenizer(tokenizer_name)
+    out_dir = os.path.abspath(out_dir)
+    # The name of a shard consists of letters, digits and the characters _ . -
+    name = re.sub(r"[^\w.-]|^[.-]", "_", os.path.basename(out_dir))
+    meta = {
+        "tokenizer": tokenizer_name,
+        "vocab_size": tokenizer.n_vocab,
+        "eot_token": tokenizer.eot_token,
+        "source": source,
+        "shards": [],
+    }
+    # All files are written to a temporary directory, which is deleted at the end. It is next to
+    # out_dir, because files cannot be renamed from one file system to another.
+    parent = os.path.dirname(out_dir)
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=parent) as workplace:
         temporary = f"{workplace}/{name}"
         os.mkdir(temporary)
+
+        # write the shards and the tokenizer, then meta.json
         for split, text in parts.items():
-            tokens = np.array([enc.eot_token, *enc.encode_ordinary(text)], dtype="<u2")  # (N,)
-            file = f"{name}_{split}_000000.npy"
-            np.save(f"{temporary}/{file}", tokens)
-            digest = sha256_of(f"{temporary}/{file}")
-            meta["shards"].append({"file": file, "split": split, "tokens": len(tokens), "sha256": digest})
+            tokens = tokenize(tokenizer, text)  # (N,)
+            file_name = f"{name}_{split}_000000.npy"
+            np.save(f"{temporary}/{file_name}", tokens)
+            shard = {
+                "file": file_name,
+                "split": split,
+                "tokens": len(tokens),
+                "sha256": sha256_of(f"{temporary}/{file_name}"),
+            }
+            meta["shards"].append(shard)
+        write_tokenizer_files(tokenizer_name, temporary)
         with open(f"{temporary}/meta.json", "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
-        os.replace(temporary, out_dir)
+
+        move_files(temporary, out_dir)
     return meta
 
 
-def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
-    add = parser.add_argument
+def move_files(source_dir, out_dir):
+    """Rename source_dir to out_dir, so that the data set appears with all its files or not at all.
+
+    If that is not possible, the files are renamed one by one, meta.json last. This happens if
+    out_dir exists (a damaged data set is repaired), or if directories cannot be renamed, as on some
+    file systems of clouds.
+    """
+    try:
+        os.replace(source_dir, out_dir)
+        return
+    except OSError:
+        # No file of out_dir is deleted: it may contain files that are not part of the data set.
+        os.makedirs(out_dir, exist_ok=True)
+    # Readers take a directory without meta.json for shards of another project.
+    file_names = [name for name in os.listdir(source_dir) if name != "meta.json"]
+    for file_name in [*file_names, "meta.json"]:
+        os.replace(f"{source_dir}/{file_name}", f"{out_dir}/{file_name}")
+
+
+# ---------------------------------------------------------------------------------- command line
+# --- copied block: fail ---
+def fail(message):
+    """Report a user error in one line on stderr and exit with status 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- end of copied block: fail ---
+
+
+# --- copied block: run_script ---
+def run_script(main):
+    """Call main() with output that suits terminals, pipes and files.
+
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
+    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, as in ">&-"
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (stays open)
+        elif hasattr(stream, "reconfigure"):  # Jupyter's streams have no such method
+            stream.reconfigure(errors="replace", line_buffering=True)
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(0)  # a normal exit would write to the closed pipe again
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        os._exit(1)
+
+
+# --- end of copied block: run_script ---
+
+
+def parse_args():
+    """Parse and check the flags."""
+    as_written = argparse.RawTextHelpFormatter  # keeps the line breaks of the docstring
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.error = lambda message: fail(f"{message}: see --help")  # argparse's own errors in one line
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--input", default="input.txt", help="UTF-8 text (input.txt)")
-    text.add_argument(
-        "--download", action="store_true", help=f"fetch Tiny Shakespeare (1.1 MB) to {TINY_SHAKESPEARE_PATH}, use that"
-    )
-    add("--out_dir", default="shakespeare", help="directory to make (shakespeare)")
-    add("--tokenizer", choices=["bytes", "gpt2"], default="bytes", help="one token a byte, or GPT-2's (bytes)")
-    add("--val_fraction", type=float, default=0.1, help="share of the text kept for validation, 0 to 1 (0.1)")
+    text.add_argument("--input", default="input.txt", help="UTF-8 text file (default: input.txt)")
+    download_help = f"download Tiny Shakespeare (1.1 MB) to {TINY_SHAKESPEARE_PATH} and use it"
+    text.add_argument("--download", action="store_true", help=download_help)
+    add = parser.add_argument
+    add("--out_dir", default="shakespeare", help="directory to write to (default: shakespeare)")
+    tokenizer_help = "bytes: one token per byte; gpt2: GPT-2's tokens (default: bytes)"
+    add("--tokenizer", choices=["bytes", "gpt2"], default="bytes", help=tokenizer_help)
+    fraction_help = "fraction of the text that is kept for validation (default: 0.1)"
+    add("--val_fraction", type=float, default=0.1, help=fraction_help)
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         fail(f"--val_fraction is {args.val_fraction}: it must be between 0 and 1")
-    if args.download:
-        args.input = TINY_SHAKESPEARE_PATH
-        try:
-            if not os.path.exists(args.input) or sha256_of(args.input) != TINY_SHAKESPEARE_SHA256:
-                download(TINY_SHAKESPEARE_URL, args.input, TINY_SHAKESPEARE_SHA256)
-        except OSError as error:
-            fail(f"cannot write {args.input} ({error.strerror}): make room for a file there")
-    text = read_text(args.input)
-    n = int((1 - args.val_fraction) * len(text))
-    if not 0 < n < len(text):
-        fail(f"{args.input} has {len(text)} characters: too few to split with --val_fraction {args.val_fraction}")
+    return args
 
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    source = {"input": os.path.basename(args.input), "sha256": digest, "val_fraction": args.val_fraction}
-    if os.path.isdir(args.out_dir) and os.listdir(args.out_dir):
-        try:
-            with open(f"{args.out_dir}/meta.json", encoding="utf-8") as file:
-                found = json.load(file)
-            same = (found["tokenizer"], found["source"]) == (args.tokenizer, source)
-            wanted = {f"{args.out_dir}/{shard['file']}": shard["sha256"] for shard in found["shards"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            same = False
-        if not same:
-            fail(f"--out_dir {args.out_dir} holds something else: delete it, or name another directory")
-        if all(os.path.isfile(path) and sha256_of(path) == sha256 for path, sha256 in wanted.items()):
-            print(f"{args.out_dir} already holds these shards")
-            return
-        for path in (*wanted, f"{args.out_dir}/meta.json"):  # damaged: make them again
-            if os.path.isfile(path):
-                os.remove(path)
+
+def main():
+    args = parse_args()
+
+    # read the text, and download it first if asked to
+    path = download_tiny_shakespeare() if args.download else args.input
+    text = read_text(path)
+
+    # split it: the first part is for training, the rest for validation
+    n = int((1 - args.val_fraction) * len(text))
+    parts = {"train": text[:n], "val": text[n:]}
+    if not parts["train"] or not parts["val"]:
+        fail(
+            f"{path} has {len(text)} characters, not enough to split with --val_fraction "
+            f"{args.val_fraction}: use a longer text"
+        )
+
+    # the source goes into meta.json, so that a later run can see whether the data set is
+    # that of its text
+    source = {
+        "input": os.path.basename(path),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "val_fraction": args.val_fraction,
+    }
+
+    # do nothing if an earlier run has already written this data set
+    if is_complete(args.out_dir, args.tokenizer, source):
+        print(f"{args.out_dir} already contains this data set")
+        return
+
+    # tokenize the parts, and write them
     try:
-        meta = write_shards(args.out_dir, {"train": text[:n], "val": text[n:]}, args.tokenizer, source)
+        meta = write_data_set(args.out_dir, parts, args.tokenizer, source)
+    except ValueError as error:
+        fail(f"{error}, or use --tokenizer bytes")
     except OSError as error:
-        fail(f"cannot write --out_dir {args.out_dir} ({error}): name another directory")
+        fail(f"cannot write --out_dir {args.out_dir} ({error}): choose another --out_dir")
+    # say what there is now
     for shard in meta["shards"]:
         print(f"{args.out_dir}/{shard['file']}: {shard['tokens']:,} tokens")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
