@@ -50,6 +50,7 @@ async def execute(name, slots, extra_environment):
     async with slots:
         await client.async_execute(env={**os.environ, **extra_environment})
 
+    # remove what differs from run to run
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -112,6 +113,7 @@ def output_text(cell):
 
 
 def numbers_in(text):
+    """Return all numbers of a text as floats."""
     return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
 
 
@@ -176,6 +178,7 @@ def test_a_notebook_is_committed_with_outputs_and_without_traces_of_a_machine(na
     nbformat.validate(notebook)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
 
+    # all outputs are text and images, and none is a warning
     outputs = []
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -185,6 +188,7 @@ def test_a_notebook_is_committed_with_outputs_and_without_traces_of_a_machine(na
     images = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(images) >= 2
 
+    # nothing tells on which machine, or when, the notebook ran
     text = (LESSONS / f"{name}.ipynb").read_text(encoding="utf-8")
     assert not MACHINE_PATH.search(text)
     assert not re.search(r'"execution_count": \d|iopub', text)
@@ -202,7 +206,8 @@ def definitions(source):
 
 @for_each_notebook
 def test_functions_named_in_the_text_of_a_notebook_exist(name):
-    """The text names functions as `script.f()`, or as `f()` if a script or the notebook itself defines f."""
+    """Check names like `script.f()`, and like `f()`, which a script or the notebook itself must define."""
+    # the names that exist, and the text of the notebook
     script_names = {}  # script -> names that it defines
     for script in SCRIPTS:
         script_names[script] = definitions((ROOT / f"{script}.py").read_text(encoding="utf-8"))
@@ -214,6 +219,7 @@ def test_functions_named_in_the_text_of_a_notebook_exist(name):
         else:
             text += cell.source + "\n"
 
+    # all names in the text that end with ()
     paths = re.findall(r"`(\w+(?:\.\w+)*)\(\)`", text)
     assert paths, "a lesson names the functions that it is about"
     for path in paths:
@@ -222,6 +228,8 @@ def test_functions_named_in_the_text_of_a_notebook_exist(name):
             assert set(rest) <= script_names[first], f"{first}.py does not define {'.'.join(rest)}"
         elif not rest:
             assert first in known_names, f"neither a script nor this notebook defines {first}()"
+        elif first in known_names:  # a class and its method; others, such as loss.backward(), are PyTorch's
+            assert set(rest) <= known_names, f"no script defines {path}()"
 
 
 # --------------------------------------------------------------------------------- save outputs
