@@ -1895,7 +1895,7 @@ def default_dtype(device, n_embd):
         return "float16", "the GPU does not support bfloat16"
     if device.type != "cpu":
         return "float32", "the safe choice on this device"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 does not have it
+    capabilities = torch.cpu.get_capabilities()
     if not (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")):
         return "float32", "the CPU has no fast bfloat16 matmuls"
     if n_embd < 256:

@@ -35,7 +35,7 @@ def machine_name(device):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         name = names[0] if names else name
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = torch.cpu.get_capabilities()
     units = [unit for unit in ("amx_bf16", "avx512_bf16") if capabilities.get(unit)]
     return f"{name} ({', '.join(units) or 'no bfloat16 units'}), {torch.get_num_threads()} threads"
 
