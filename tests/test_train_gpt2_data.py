@@ -653,6 +653,26 @@ def test_all_shards_are_probed_with_at_most_64m_tokens_and_at_least_1024_each(tm
     assert lengths == [2**26 // 3] * 3
 
 
+class CountedName(str):
+    """A file name that counts how often it is compared."""
+
+    comparisons = 0
+
+    def __eq__(self, other):
+        CountedName.comparisons += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_the_time_to_look_shards_up_grows_linearly_with_their_number(tmp_path, monkeypatch):
+    write_data_set(tmp_path, [np.arange(20)] * 200, [np.arange(20)])
+    names = [CountedName(name) for name in os.listdir(tmp_path)]
+    monkeypatch.setattr(os, "listdir", lambda directory: names)
+    assert len(train_gpt2.read_data_set(str(tmp_path))["shards"]) == 201
+    assert CountedName.comparisons < 5 * 201
+
+
 # --------------------------------------------------------------------- files that change during a run
 def test_a_token_beyond_the_vocabulary_behind_the_probe_is_found_when_it_is_read(random_shards, monkeypatch):
     dataset = open_dataset(random_shards, shuffle=False)
