@@ -201,6 +201,13 @@ print([dataset.locate(i) for i in range(200)])
     assert done.stdout.strip() == str([dataset.locate(i) for i in range(200)]), done.stderr
 
 
+def test_file_order_is_the_order_of_the_names_whatever_meta_json_says(tmp_path):
+    directory = write_data_set(tmp_path, unique_shards(50, 50, 50), [range(50)], GPT2_VOCAB)
+    expected = epoch_rows(directory, 0, shuffle=False), epoch_rows(directory, 0)
+    change_meta(directory, shards=lambda shards: shards[::-1])
+    assert (epoch_rows(directory, 0, shuffle=False), epoch_rows(directory, 0)) == expected
+
+
 def test_the_place_of_a_window_depends_on_its_index_alone(tmp_path):
     """Looked up at random, far ahead or backwards, an index gives the same place as in order."""
     directory = write_data_set(tmp_path, unique_shards(200, 1, 150, 90), [range(50)], GPT2_VOCAB)

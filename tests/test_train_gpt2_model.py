@@ -351,6 +351,13 @@ def test_generate_samples_only_from_the_top_k_tokens():
     assert len({tuple(row) for row in idx[:, 3:].tolist()}) > 1
 
 
+def test_generate_uses_no_dropout():
+    model = randomize(GPT(tiny_config(dropout=0.5)))
+    prompt = torch.randint(257, (4, 3))
+    samples = [model.generate(prompt, 20, torch.Generator().manual_seed(0)) for _ in range(2)]
+    assert torch.equal(samples[0], samples[1])
+
+
 def test_generate_follows_the_softmax():
     """Over many draws of one next token, frequencies match the renormalized probabilities of the top 3."""
     model = randomize(GPT(tiny_config())).eval()
