@@ -602,13 +602,14 @@ def read_data_set(data_dir):
 
     # Compare each shard with its description, and look for impossible token ids, which a wrong tokenizer or
     # a damaged file causes. 64M tokens are enough for that: start-up must be fast.
+    present = set(names)
     probe_size = max(1024, 2**26 // max(1, len(meta["shards"])))  # tokens per shard
     digest = hashlib.sha256(f"{meta['tokenizer']} {meta.get('source')}".encode())
     for shard in meta["shards"]:
         if split_of(shard["file"]) is None:
             continue
         path = os.path.join(data_dir, shard["file"])
-        if shard["file"] not in names:
+        if shard["file"] not in present:
             raise ValueError(f"{path} is missing, but meta.json lists it: regenerate the shards")
         tokens = load_shard(path)
         if shard.setdefault("tokens", len(tokens)) != len(tokens):
@@ -2085,10 +2086,11 @@ def warm_up_ddp(model, raw_model, args, device, autocast):
     Without this pass, the first step of a resumed run would differ in the last bit from the same step of an
     uninterrupted run.
     """
-    idx = torch.zeros(args.micro_batch_size, args.block_size, dtype=torch.long, device=device)
+    # Views as in load_batch: for tensors with another layout, torch.compile would compile another graph.
+    windows = torch.zeros(args.micro_batch_size, args.block_size + 1, dtype=torch.long, device=device)
     model.train()
     with autocast:
-        _, loss = model(idx, idx)
+        _, loss = model(windows[:, :-1], windows[:, 1:])
     loss.backward()
     raw_model.zero_grad(set_to_none=False)
 
