@@ -91,7 +91,7 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, text_file, monk
     for script in SCRIPTS:
         shutil.copy(ROOT / f"{script}.py", tmp_path)
     shutil.copy(ROOT / "input.txt", tmp_path)
-    shutil.copy(text_file, tmp_path / "my_text.txt")  # stands for the reader's own text
+    shutil.copy(text_file, tmp_path / "my_text.txt")  # the reader's own text
     monkeypatch.chdir(tmp_path)
     commands = []
     for command in find_commands((ROOT / "README.md").read_text(encoding="utf-8")):

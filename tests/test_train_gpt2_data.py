@@ -159,7 +159,7 @@ def test_the_order_differs_between_epochs_and_between_seeds(tmp_path):
     assert epoch_rows(directory, 2, seed=2) == orders[-1]
 
 
-def test_the_windows_of_a_shard_are_shuffled_anew_in_each_epoch_and_shard(tmp_path):
+def test_the_windows_of_a_shard_are_shuffled_differently_in_each_epoch_and_shard(tmp_path):
     """With a single shard, and for two shards of equal size, the order of the shards alone is not enough."""
     directory = write_data_set(tmp_path / "one", unique_shards(400), [range(50)], GPT2_VOCAB)
     assert epoch_rows(directory, 0) != epoch_rows(directory, 1) != sorted(epoch_rows(directory, 1))
@@ -180,7 +180,7 @@ def test_shards_are_visited_one_after_another_in_random_order(tmp_path):
     for epoch in range(4):
         shards = [row[0] // 50 for row in epoch_rows(directory, epoch)]
         visit = shards[::3]
-        assert shards == [shard for shard in visit for _ in range(3)]
+        assert shards == np.repeat(visit, 3).tolist()  # each shard has three windows
         visits.append(visit)
     assert len({str(visit) for visit in visits}) > 1
 
@@ -317,7 +317,7 @@ def test_the_name_of_a_shard_tells_its_split(name, split):
 
 
 def test_files_whose_names_begin_with_a_dot_do_not_count(random_shards):
-    """macOS leaves such files beside the real ones, with and without meta.json."""
+    """macOS leaves such files next to the real ones, with and without meta.json."""
     (random_shards / "._tiny_train_000000.npy").write_bytes(b"\x00\x05\x16\x07")
     (random_shards / "._meta.json").write_bytes(b"\x00\x05\x16\x07")
     assert open_dataset(random_shards).num_windows == 699 // 16 + 332 // 16

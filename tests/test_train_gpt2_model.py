@@ -496,8 +496,11 @@ def test_muon_equals_torch_muon_on_every_matrix_with_q_k_and_v_apart():
     """Three steps, each from the same weights: PyTorch's computes in bfloat16, so differences would add up."""
     model = randomize(GPT(tiny_config(n_inner=48)))
     matrices = split_matrices(model.h)
+    all_parts = []
+    for parts in matrices.values():
+        all_parts += parts
     expected = torch.optim.Muon(
-        [part for parts in matrices.values() for part in parts],
+        all_parts,
         lr=0.1,
         weight_decay=0.2,
         momentum=0.95,
@@ -505,7 +508,9 @@ def test_muon_equals_torch_muon_on_every_matrix_with_q_k_and_v_apart():
     )
     muon, adamw = configure_optimizers(model, "muon", 0.1, 0.2)
     assert set(muon.param_groups[0]["params"]) == set(matrices)
-    adamw_parameters = {p for group in adamw.param_groups for p in group["params"]}
+    adamw_parameters = set()
+    for group in adamw.param_groups:
+        adamw_parameters |= set(group["params"])
     assert adamw_parameters == set(model.parameters()) - set(matrices)
     for _ in range(3):
         before = {}
