@@ -159,7 +159,7 @@ def test_the_order_differs_between_epochs_and_between_seeds(tmp_path):
     assert epoch_rows(directory, 2, seed=2) == orders[-1]
 
 
-def test_the_windows_of_a_shard_are_shuffled_anew_in_each_epoch_and_shard(tmp_path):
+def test_the_windows_of_a_shard_are_shuffled_differently_in_each_epoch_and_shard(tmp_path):
     """With a single shard, and for two shards of equal size, the order of the shards alone is not enough."""
     directory = write_data_set(tmp_path / "one", unique_shards(400), [range(50)], GPT2_VOCAB)
     assert epoch_rows(directory, 0) != epoch_rows(directory, 1) != sorted(epoch_rows(directory, 1))
@@ -180,7 +180,7 @@ def test_shards_are_visited_one_after_another_in_random_order(tmp_path):
     for epoch in range(4):
         shards = [row[0] // 50 for row in epoch_rows(directory, epoch)]
         visit = shards[::3]
-        assert shards == [shard for shard in visit for _ in range(3)]
+        assert shards == np.repeat(visit, 3).tolist()  # each shard has three windows
         visits.append(visit)
     assert len({str(visit) for visit in visits}) > 1
 
@@ -199,6 +199,13 @@ print([dataset.locate(i) for i in range(200)])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     dataset = open_dataset(directory, seed=7)
     assert done.stdout.strip() == str([dataset.locate(i) for i in range(200)]), done.stderr
+
+
+def test_file_order_is_the_order_of_the_names_whatever_meta_json_says(tmp_path):
+    directory = write_data_set(tmp_path, unique_shards(50, 50, 50), [range(50)], GPT2_VOCAB)
+    expected = epoch_rows(directory, 0, shuffle=False), epoch_rows(directory, 0)
+    change_meta(directory, shards=lambda shards: shards[::-1])
+    assert (epoch_rows(directory, 0, shuffle=False), epoch_rows(directory, 0)) == expected
 
 
 def test_the_place_of_a_window_depends_on_its_index_alone(tmp_path):
@@ -310,7 +317,7 @@ def test_the_name_of_a_shard_tells_its_split(name, split):
 
 
 def test_files_whose_names_begin_with_a_dot_do_not_count(random_shards):
-    """macOS leaves such files beside the real ones, with and without meta.json."""
+    """macOS leaves such files next to the real ones, with and without meta.json."""
     (random_shards / "._tiny_train_000000.npy").write_bytes(b"\x00\x05\x16\x07")
     (random_shards / "._meta.json").write_bytes(b"\x00\x05\x16\x07")
     assert open_dataset(random_shards).num_windows == 699 // 16 + 332 // 16
@@ -651,6 +658,26 @@ def test_all_shards_are_probed_with_at_most_64m_tokens_and_at_least_1024_each(tm
         write_sparse_bin(tmp_path / f"x_{'train' if i else 'val'}_{i:06d}.bin", 2**25)
     train_gpt2.read_data_set(str(tmp_path))
     assert lengths == [2**26 // 3] * 3
+
+
+class CountedName(str):
+    """A file name that counts how often it is compared."""
+
+    comparisons = 0
+
+    def __eq__(self, other):
+        CountedName.comparisons += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_the_time_to_look_shards_up_grows_linearly_with_their_number(tmp_path, monkeypatch):
+    write_data_set(tmp_path, [np.arange(20)] * 200, [np.arange(20)])
+    names = [CountedName(name) for name in os.listdir(tmp_path)]
+    monkeypatch.setattr(os, "listdir", lambda directory: names)
+    assert len(train_gpt2.read_data_set(str(tmp_path))["shards"]) == 201
+    assert CountedName.comparisons < 5 * 201
 
 
 # --------------------------------------------------------------------- files that change during a run

@@ -351,6 +351,13 @@ def test_generate_samples_only_from_the_top_k_tokens():
     assert len({tuple(row) for row in idx[:, 3:].tolist()}) > 1
 
 
+def test_generate_uses_no_dropout():
+    model = randomize(GPT(tiny_config(dropout=0.5)))
+    prompt = torch.randint(257, (4, 3))
+    samples = [model.generate(prompt, 20, torch.Generator().manual_seed(0)) for _ in range(2)]
+    assert torch.equal(samples[0], samples[1])
+
+
 def test_generate_follows_the_softmax():
     """Over many draws of one next token, frequencies match the renormalized probabilities of the top 3."""
     model = randomize(GPT(tiny_config())).eval()
@@ -489,8 +496,11 @@ def test_muon_equals_torch_muon_on_every_matrix_with_q_k_and_v_apart():
     """Three steps, each from the same weights: PyTorch's computes in bfloat16, so differences would add up."""
     model = randomize(GPT(tiny_config(n_inner=48)))
     matrices = split_matrices(model.h)
+    all_parts = []
+    for parts in matrices.values():
+        all_parts += parts
     expected = torch.optim.Muon(
-        [part for parts in matrices.values() for part in parts],
+        all_parts,
         lr=0.1,
         weight_decay=0.2,
         momentum=0.95,
@@ -498,7 +508,9 @@ def test_muon_equals_torch_muon_on_every_matrix_with_q_k_and_v_apart():
     )
     muon, adamw = configure_optimizers(model, "muon", 0.1, 0.2)
     assert set(muon.param_groups[0]["params"]) == set(matrices)
-    adamw_parameters = {p for group in adamw.param_groups for p in group["params"]}
+    adamw_parameters = set()
+    for group in adamw.param_groups:
+        adamw_parameters |= set(group["params"])
     assert adamw_parameters == set(model.parameters()) - set(matrices)
     for _ in range(3):
         before = {}

@@ -216,56 +216,54 @@ def test_weights_in_pytorch_model_bin_are_refused_with_a_way_to_convert_them(tmp
     assert_refused(tmp_path, "pytorch_model.bin", "convert it", "save_pretrained")
 
 
-@pytest.mark.parametrize(
-    "damage, needle",
-    [
-        ("no config", "config.json"),
-        ("no weights", "model.safetensors"),
-        ("truncated weights", "model.safetensors"),
-        ("text as weights", "model.safetensors"),
-        ("a directory as weights", "not a regular file"),
-        ("a tensor is missing", "transformer.h.0.ln_1.bias"),
-        ("a tensor is not known", "h.0.surprise"),
-        ("a tensor of integers", "floating point"),
-        ("no embedding", "wte.weight"),
-        ("another model type", "llama"),
-        ("another width", "wte.weight"),
-        ("another number of layers", "h.2."),
-    ],
-)
-def test_a_directory_without_a_complete_gpt2_is_refused(tmp_path, damage, needle):
+def replace_config_by_a_dangling_link(directory):
+    """Without any config.json, the directory would be taken for a run directory."""
+    (directory / "config.json").unlink()
+    (directory / "config.json").symlink_to("nowhere")
+
+
+def truncate_weights(directory):
+    content = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(content[:-1000])
+
+
+def replace_weights_by_a_directory(directory):
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").mkdir()
+
+
+def add_tensor(name, tensor):
+    """Return a function that adds a tensor to the weights in a directory, or replaces it."""
+    return lambda directory: change_weights(directory, lambda tensors: {**tensors, name: tensor})
+
+
+def remove_tensor(name):
+    """Return a function that removes a tensor from the weights in a directory."""
+    return lambda directory: change_weights(directory, lambda tensors: {n: t for n, t in tensors.items() if n != name})
+
+
+# damage: (what the message must contain, function that damages a directory)
+DAMAGES = {
+    "no config": ("config.json", replace_config_by_a_dangling_link),
+    "no weights": ("model.safetensors", lambda directory: (directory / "model.safetensors").unlink()),
+    "truncated weights": ("model.safetensors", truncate_weights),
+    "text as weights": ("model.safetensors", lambda directory: (directory / "model.safetensors").write_text("version")),
+    "a directory as weights": ("not a regular file", replace_weights_by_a_directory),
+    "a tensor is missing": ("h.0.ln_1.bias", remove_tensor("transformer.h.0.ln_1.bias")),
+    "no embedding": ("wte.weight", remove_tensor("transformer.wte.weight")),
+    "an unknown tensor": ("h.0.surprise", add_tensor("h.0.surprise", torch.zeros(3))),
+    "integers": ("floating point", add_tensor("transformer.ln_f.bias", torch.zeros(32, dtype=torch.int8))),
+    "another model type": ("llama", lambda directory: change_config(directory, model_type="llama")),
+    "another width": ("wte.weight", lambda directory: change_config(directory, n_embd=64)),
+    "another number of layers": ("h.2.", lambda directory: change_config(directory, n_layer=3)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_directory_without_a_complete_gpt2_is_refused(tmp_path, damage):
+    needle, inflict = DAMAGES[damage]
     reference(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    if damage == "no config":
-        (tmp_path / "config.json").unlink()
-        (tmp_path / "config.json").symlink_to("nowhere")  # without any entry it is an empty run directory
-    elif damage == "no weights":
-        weights.unlink()
-    elif damage == "truncated weights":
-        weights.write_bytes(weights.read_bytes()[:-1000])
-    elif damage == "text as weights":
-        weights.write_text("version https://git-lfs.github.com/spec/v1\n")
-    elif damage == "a directory as weights":
-        weights.unlink()
-        weights.mkdir()
-    elif damage == "a tensor is missing":
-        change_weights(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if n != needle})
-    elif damage == "a tensor is not known":
-        change_weights(tmp_path, lambda tensors: {**tensors, needle: torch.zeros(3)})
-    elif damage == "a tensor of integers":
-        change_weights(
-            tmp_path, lambda tensors: {**tensors, "transformer.ln_f.bias": torch.zeros(32, dtype=torch.int8)}
-        )
-    elif damage == "no embedding":
-        change_weights(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if "wte" not in n})
-    elif damage == "another model type":
-        change_config(tmp_path, model_type="llama")
-    elif damage == "another width":
-        change_config(tmp_path, n_embd=64)
-    elif damage == "another number of layers":
-        change_config(tmp_path, n_layer=3)
-    if damage == "a tensor is missing":
-        needle = needle.removeprefix("transformer.")
+    inflict(tmp_path)
     assert_refused(tmp_path, needle)
 
 

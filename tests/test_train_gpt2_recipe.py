@@ -149,7 +149,7 @@ def test_every_logged_value_equals_that_of_a_plain_loop_around_transformers(both
 
 
 def test_the_final_weights_equal_those_of_a_plain_loop_around_transformers(both_runs):
-    """Except the biases of the keys: they shift all scores of a query alike, so their gradients are rounding errors."""
+    """Except the biases of the keys: they shift all scores of a query equally, so their gradients are rounding."""
     log_dir, _, model = both_runs
     saved = load_file(weights_file(log_dir, MAX_STEPS))
     for name, expected in model.state_dict().items():
