@@ -573,6 +573,12 @@ def test_training_flags_change_the_weights(same_steps, byte_shards, tmp_path, fl
     assert weights(tmp_path / "log") != weights(same_steps["at once"])
 
 
+def test_logged_norm_is_that_before_clipping(same_steps, byte_shards, tmp_path):
+    train(byte_shards, tmp_path / "log", grad_clip=0.01)
+    expected = losses(same_steps["at once"], "norm")
+    assert losses(tmp_path / "log", "norm")[0] == expected[0] > 0.1
+
+
 def test_run_without_gpt2s_vocabulary_trains_without_samples(tmp_path):
     """With GPT-2 shards, no network and an empty cache, one line says why there are no samples."""
     write_data_set(tmp_path / "data", [np.arange(400)], [np.arange(100)], 50257)
@@ -701,6 +707,14 @@ def test_resuming_in_another_dtype_warns_and_works(run_in_dtype, byte_shards, tm
 def test_default_dtype_of_a_cpu_depends_on_its_matmuls(monkeypatch, capabilities, n_embd, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert load("train_gpt2").default_dtype(torch.device("cpu"), n_embd)[0] == expected
+
+
+@pytest.mark.parametrize("n_embd, expected", [(256, "bfloat16"), (32, "float32")])
+def test_run_without_dtype_uses_the_default_for_its_width(byte_shards, tmp_path, monkeypatch, n_embd, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    done = train(byte_shards, tmp_path / "log", n_layer=1, n_embd=n_embd, max_steps=1)
+    assert f"--dtype {expected}" in done.stdout
+    assert trainer_state(tmp_path / "log", 1)["args"]["dtype"] == expected
 
 
 @pytest.mark.parametrize("is_supported, expected", [(True, "bfloat16"), (False, "float16")])
@@ -1002,7 +1016,10 @@ def pretrained(tmp_path_factory):
 
 
 def test_fine_tuning_starts_from_the_models_own_loss_and_lowers_it(pretrained, byte_shards, tmp_path):
-    """Positions are cropped from 40 to 16; the checkpoint keeps the other shapes."""
+    """Positions are cropped from 40 to 16; the checkpoint keeps the other shapes.
+
+    Dropout is the flag's, 0, and not that of the model's config.json, 0.1.
+    """
     directory, model = pretrained
     fine_tune(directory, byte_shards, tmp_path / "log", "--max_steps", 20, "--learning_rate", 1e-2)
     expected = transformers_loss(model, windows_of(byte_shards, "val")[:25])
@@ -1012,6 +1029,8 @@ def test_fine_tuning_starts_from_the_models_own_loss_and_lowers_it(pretrained, b
     config = json.loads((tmp_path / "log" / "step_000020" / "config.json").read_text())
     names = ("n_layer", "n_head", "n_embd", "n_inner", "activation_function", "n_positions")
     assert [config[name] for name in names] == [3, 3, 48, 100, "relu", 16]
+    assert model.config.resid_pdrop == 0.1
+    assert [config[name] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")] == [0, 0, 0]
 
 
 def test_fine_tuning_resumes_to_the_same_bytes(pretrained, byte_shards, tmp_path):
@@ -1183,9 +1202,10 @@ def test_hellaswag_choices_are_those_of_transformers(hellaswag_run, tmp_path, mo
     model = module.GPT.from_pretrained(checkpoint)
     stop = SimpleNamespace(reason=None)
     for_all = (0, 1, torch.device("cpu"), module.nullcontext(), stop)
-    # a micro-batch of 16 windows has room for several examples
-    accuracy = module.evaluate_hellaswag(model, data, 16, *for_all)
-    assert accuracy == expected
+    # a micro-batch of 16 windows has room for several examples, a micro-batch of one window for one
+    for micro_batch_size in (16, 1):
+        accuracy = module.evaluate_hellaswag(model, data, micro_batch_size, *for_all)
+        assert accuracy == expected
 
 
 def test_longest_hellaswag_example_may_fill_the_block_size(hellaswag_data):
