@@ -382,7 +382,7 @@ def test_a_signal_during_start_up_does_no_harm(stopped, whole, moment, number):
 def test_a_second_run_is_refused_but_the_lock_of_a_killed_run_is_not_in_the_way(byte_shards, tmp_path, whole):
     log_dir = tmp_path / "log"
     first = Ranks(1, byte_shards, log_dir, *EVERY_2, prepare=at_step(3, lambda rank: time.sleep(60)))
-    wait_until(lambda: (log_dir / "step_000002").exists())
+    wait_until(lambda: count_steps(log_dir) == 3)  # it sleeps in the fourth step
     log_before = (log_dir / "log.txt").read_bytes()
     assert_user_error(train(byte_shards, log_dir, *EVERY_2, "--resume"), "in use", log_dir)
     assert (log_dir / "log.txt").read_bytes() == log_before
@@ -660,7 +660,6 @@ TRAINER_DAMAGES = {
     "optimizers a number": set_value("optimizers", value=1),
     "optimizers missing": delete("optimizers"),
     # values of other types, and missing keys
-    "format missing": delete("format"),
     "step missing": delete("step"),
     "step of another checkpoint": set_value("step", value=2),
     "step a float": set_value("step", value=4.0),
@@ -698,6 +697,14 @@ def test_a_trainer_state_that_does_not_fit_counts_as_damaged(stopped, whole, dam
     assert_uses_previous_checkpoint(resume(stopped), log_dir, whole)
 
 
+@pytest.mark.parametrize("damage", [set_value("format", value=1), delete("format")], ids=["format 1", "no format"])
+def test_a_checkpoint_of_an_earlier_version_is_a_user_error(stopped, damage):
+    """Older checkpoints have the same format: using one of them silently would lose steps."""
+    _, log_dir = stopped
+    rewrite_trainer_state(log_dir / "step_000004", damage)
+    assert_user_error(resume(stopped), "step_000004", "earlier version", "--init_from")
+
+
 # ---------------------------------------------------------------------------- hostile JSON files
 def set_json(**values):
     """Return a function that sets keys of a JSON file."""
@@ -726,7 +733,7 @@ CONFIG_DAMAGES = {
     "n_embd of 400 digits": set_json(n_embd=10**399),
     "n_positions a number of other rows": set_json(n_positions=15),
     "vocab_size a string": set_json(vocab_size="257"),
-    "vocab_size too large": set_json(vocab_size=258),
+    "vocab_size too large": set_json(vocab_size=1000),
     "tokenizer a list": set_json(tokenizer=["bytes"]),
     "tokenizer of another size": set_json(tokenizer="gpt2"),
     "activation a list": set_json(activation_function=[]),
@@ -1253,7 +1260,7 @@ def test_running_out_of_memory_while_a_checkpoint_is_loaded_does_not_count_as_da
     _, log_dir = stopped
 
     def prepare(module, rank):
-        def no_memory(*args):
+        def no_memory(*args, **options):
             raise error
 
         module.load_optimizers = no_memory
