@@ -1,254 +1,467 @@
 """
-Turn FineWeb-Edu, or any parquet data set with a text column, into the token shards that train_gpt2.py reads.
+Turn FineWeb-Edu, or any parquet files with a text column, into the token shards of train_gpt2.py.
 
-    python fineweb.py                                # sample-10BT of FineWeb-Edu from the Hugging Face hub
-    python fineweb.py --max_tokens 300000000         # its first 300M tokens
-    python fineweb.py --source 'books/*.parquet' --local_dir tokens --shard_size 1000000    # local files
-    python fineweb.py --rank 0 --world_size 4        # one machine of four; when all are done: --finish
-    python fineweb.py --verify edu_fineweb10B        # recount and describe any directory of shards
+    python fineweb.py                          # sample-10BT of FineWeb-Edu from the Hugging Face Hub
+    python fineweb.py --max_tokens 300000000   # only its first 300M tokens
+    python fineweb.py --source 'books/*.parquet' --local_dir books_tokens      # local files
+    python fineweb.py --rank 0 --world_size 4  # on one of four machines; when all are done: --finish
+    python fineweb.py --verify edu_fineweb10B  # verify and summarize a directory of shards
 
-Writes LOCAL_DIR/edufineweb_val_000000.npy, edufineweb_train_000001.npy, ... (one-dimensional uint16 arrays, each
-document after an <|endoftext|>) and at last meta.json, which describes them. However it is interrupted, the same
-command continues. Disk: 2 bytes a token and two parquet files (2 GB each). Two CPU cores make up to 9M tokens a second.
+Reads parquet files from this machine or from the Hub. Writes into LOCAL_DIR the shards
+edufineweb_val_000000.npy, edufineweb_train_000001.npy, ..., the tokenizer's vocab.json and merges.txt,
+and finally meta.json, which describes the shards. A shard is a one-dimensional uint16 array, with
+<|endoftext|> before each document.
+
+If interrupted, run the same command again to continue: at most one shard of work is repeated.
+A shard is collected in memory, 200 MB by default. Disk space: 2 bytes per token, and two parquet
+files of 2 GB. Two CPU cores tokenize 5 to 9 million tokens per second, so the network decides:
+sample-10BT (10 billion tokens, 27 GB of downloads) takes half an hour to an hour.
+
+Sections: tokenizing, parquet files, shards and state, making a data set, finishing, verifying,
+shared functions, command line.
 """
 
 import argparse
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
 import json
-import multiprocessing
 import os
-import queue
 import re
 import shutil
 import signal
-import struct
 import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
-from functools import lru_cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
 
+import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import requests
 import tiktoken
 from tqdm import tqdm
 
-SUBSETS = {"default": "data"} | {f"sample-{size}": f"sample/{size}" for size in ("10BT", "100BT", "350BT")}
-BATCH = 64  # documents a task: about 20 ms of work
-TRIES = 8  # of a download, with pauses of 1, 2, 4, ... seconds
-HEADER_BYTES = 128  # bytes of NumPy's header for a one-dimensional array of any length
-SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what \s is in GPT-2's pattern
-BEGIN, CUT = "\0", "\1"  # stand for <|endoftext|> and for nothing
+SUBSETS = {  # --remote_name: folder in the FineWeb-Edu repository
+    "default": "data",
+    "sample-10BT": "sample/10BT",
+    "sample-100BT": "sample/100BT",
+    "sample-350BT": "sample/350BT",
+}
+BATCH_SIZE = 64  # documents per task of a thread, about 20 ms of work
+DOWNLOAD_ATTEMPTS = 8  # with pauses of 1, 2, 4, ... seconds between them
+
+# GPT-2's pattern for splitting text into words, without its alternative \s+(?!\S).
+# encode_documents explains why.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+# The 25 characters that \s matches in GPT-2's pattern, in the notation of a character class: [...].
+SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# Two characters that hardly any document contains represent special tokens while texts are encoded.
+BEGIN = "\0"  # becomes <|endoftext|>
+CUT = "\1"  # its token is removed
 
 
-def fail(message):
-    """Report a user's mistake in one line on stderr and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-# -------------------------------------------------------------------------------- worker processes
+# -------------------------------------------------------------------------------- tokenizing
 # --- copied block: get_tokenizer ---
 def get_tokenizer(name):
-    """The tiktoken.Encoding called name.
+    """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
 
-    "gpt2" has 50,257 tokens; tiktoken fetches its vocabulary once, or finds it in TIKTOKEN_CACHE_DIR, and
-    raises requests.RequestException where it cannot. "bytes" has 257, the 256 bytes and <|endoftext|>, and
-    never needs a network.
+    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes" needs no
+    network. Raises ValueError if the vocabulary cannot be loaded.
     """
     if name == "gpt2":
-        return tiktoken.get_encoding("gpt2")
-    ranks = {bytes([i]): i for i in range(256)}
-    pieces = r"(?s:.{1,1000})"  # how text is cut before merging: with no merges any cut gives the same
-    return tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # network, disk or a wrong file: these errors share no base class
+            raise ValueError(
+                f"cannot load GPT-2's vocabulary ({type(error).__name__}): connect to the network once, "
+                "or set TIKTOKEN_CACHE_DIR to a directory that contains it"
+            ) from None
+    byte_ranks = {bytes([i]): i for i in range(256)}
+    return tiktoken.Encoding(
+        name,
+        pat_str=r"(?s:.{1,1000})",  # where text is split does not matter, because no tokens are merged
+        mergeable_ranks=byte_ranks,
+        special_tokens={"<|endoftext|>": 256},
+    )
 
 
 # --- end of copied block: get_tokenizer ---
-@functools.cache
-def get_fast_tokenizer(name):
-    """The tokenizer for text with BEGIN and CUT in it: GPT-2's pattern without `\\s+(?!\\S)`, twice as fast."""
-    enc, pieces = get_tokenizer(name), r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
-    marks = {BEGIN: enc.eot_token, CUT: enc.n_vocab}
-    return tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=enc._mergeable_ranks, special_tokens=marks)
 
 
-def tokenize(tokenizer, texts):
-    """(tokens, rows, bytes, rows skipped because they are null or empty) of a pyarrow array of texts.
+def without_look_ahead(encoding):
+    """Return a copy of a tiktoken.Encoding that uses PATTERN and has tokens for BEGIN and CUT."""
+    # The ids of all tokens except <|endoftext|>, which is the last one, are their ranks.
+    ranks = {}
+    for token in range(encoding.eot_token):
+        ranks[encoding.decode_single_token_bytes(token)] = token
+    return tiktoken.Encoding(
+        f"{encoding.name}_without_look_ahead",
+        pat_str=PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={BEGIN: encoding.eot_token, CUT: encoding.eot_token + 1},
+    )
 
-    The tokens are [eot] + encode_ordinary(text) of all texts. All that the look-ahead of GPT-2's pattern does is to
-    leave the last of several spaces to what comes after them; text with a cut before that one needs no look-ahead.
+
+def encode_documents(fast, texts):
+    """Return the tokens of documents, with <|endoftext|> before each, as a uint32 array.
+
+    fast is what without_look_ahead returns; texts is a pyarrow array of large_string without nulls.
+    The tokens are those of encode_ordinary, at twice its speed.
     """
-    enc, rows = get_fast_tokenizer(tokenizer), len(texts)
+    # GPT-2 splits text into words and runs of spaces before it merges bytes. Of several spaces in
+    # front of a word, the last one belongs to the word. GPT-2's pattern finds it by looking ahead:
+    # \s+(?!\S) is a run of spaces that leaves one space to what follows. Looking ahead makes tiktoken
+    # slow. Without that alternative, \s+ takes all spaces, unless the text is cut before the last
+    # one. An example with three spaces:
+    #
+    #     GPT-2's pattern      "a   b"       ->  "a", "  ", " b"
+    #     PATTERN              "a   b"       ->  "a", "   ", "b"      (wrong)
+    #     PATTERN, with a cut  "a  " + " b"  ->  "a", "  ", " b"
+    #
+    # A cut is needed between two spaces in front of anything else, and nowhere else: a single space
+    # is never split, and spaces at the end of a text have nothing to leave a space to.
+    before_cut = f"[{SPACE}]"
+    after_cut = f"[{SPACE}][^{SPACE}]"
+    cut_token = fast.max_token_value
+    end_of_text = cut_token - 1
+
+    # Rare: a document contains a placeholder itself. Split the texts, and encode piece by piece.
+    if pc.any(pc.match_substring_regex(texts, f"[{BEGIN}{CUT}]")).as_py():
+        cut_position = re.compile(f"(?<={before_cut})(?={after_cut})")
+        tokens = []
+        for text in texts.to_pylist():
+            tokens.append(end_of_text)
+            for piece in cut_position.split(text):
+                tokens.extend(fast.encode_ordinary(piece))
+        return np.array(tokens, np.uint32)
+
+    # Otherwise encode all documents at once: BEGIN text BEGIN text ..., with CUT inside the texts.
+    texts = pc.replace_substring_regex(texts, f"({before_cut})({after_cut})", f"\\1{CUT}\\2")
+    joined = "".join(BEGIN + text for text in texts.to_pylist())
+    tokens = fast.encode_to_numpy(joined, allowed_special={BEGIN, CUT})
+    return tokens[tokens != cut_token]
+
+
+@dataclass
+class Batch:
+    """The tokens of consecutive rows of a parquet file."""
+
+    tokens: np.ndarray  # (number of tokens,) uint16
+    rows: int
+    text_bytes: int  # size of the texts in UTF-8
+    empty: int  # rows without a text
+    fraction: float = 0.0  # of the file's rows, up to the end of this batch
+
+
+def tokenize(fast, texts):
+    """Tokenize a pyarrow array of texts, without those that are null or empty. Returns a Batch."""
+    rows = len(texts)
+    # The cast is free for string columns. It decodes dictionaries, and copies string_view.
+    texts = texts.cast(pa.large_string())
     texts = texts.filter(pc.greater(pc.binary_length(texts), 0))
-    if pc.any(pc.match_substring_regex(texts, f"[{BEGIN}{CUT}]")).as_py():  # rare: cut for real
-        cut, begin = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])"), enc.encode(BEGIN, allowed_special="all")
-        parts = [(begin, *map(enc.encode_ordinary, cut.split(text))) for text in texts.to_pylist()]
-        tokens = np.concatenate([part for text in parts for part in text])
-    else:
-        texts_cut = pc.replace_substring_regex(texts, f"([{SPACE}])([{SPACE}][^{SPACE}])", f"\\1{CUT}\\2").to_pylist()
-        tokens = enc.encode_to_numpy("".join(BEGIN + text for text in texts_cut), allowed_special="all")
-        tokens = tokens[tokens != enc.max_token_value]  # CUT's
-    return tokens.astype("<u2"), rows, pc.sum(pc.binary_length(texts)).as_py() or 0, rows - len(texts)
+    return Batch(
+        tokens=encode_documents(fast, texts).astype("<u2"),
+        rows=rows,
+        text_bytes=pc.sum(pc.binary_length(texts)).as_py() or 0,
+        empty=rows - len(texts),
+    )
 
 
-def work(pipe):
-    """Call what comes through a pipe, (function, *arguments), and send the result back. Ends when its parent does."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            function, *arguments = pipe.recv()
-            try:
-                result = function(*arguments)
-            except Exception as error:
-                result = error
-            pipe.send(result)
+def map_ahead(pool, function, items, number):
+    """Yield function(item) for each item, in order, computed in a pool of threads.
 
-
-@contextlib.contextmanager
-def start_workers(number):
-    """Start processes; gives submit(function, *arguments), which runs function in one of them and returns a Future.
-
-    Each has a pipe and a thread of its own, so that one which the system kills, even in the middle of a message,
-    can neither block the others nor go unnoticed: its Future raises BrokenExecutor.
+    The pool works on up to `number` items ahead of the one that is yielded.
     """
-    spawn, idle, threads = multiprocessing.get_context("spawn"), queue.SimpleQueue(), ThreadPoolExecutor(number)
-
-    def call(*task):
-        pipe = idle.get()
-        try:
-            pipe.send(task)
-            result = pipe.recv()
-        except (EOFError, OSError):
-            raise BrokenExecutor from None
-        finally:
-            idle.put(pipe)  # a broken one breaks the next call, too, which would wait for it
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes begin with it: Ctrl-C is their parent's
-    for _ in range(number):
-        pipe, end = spawn.Pipe()
-        spawn.Process(target=work, args=[end]).start()
-        end.close()
-        idle.put(pipe)
-    signal.signal(signal.SIGINT, ctrl_c)
-    try:
-        yield functools.partial(threads.submit, call)
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.kill()
-
-
-def ahead(futures, number):
-    """Yield the results of futures in order, where futures is an iterator that starts them, number of them ahead."""
+    # tiktoken and pyarrow release Python's global lock, so threads use all cores.
     pending = deque()
-    for future in futures:
-        pending.append(future)
+    for item in items:
+        pending.append(pool.submit(function, item))
         if len(pending) > number:
             yield pending.popleft().result()
-    for future in pending:
-        yield future.result()
+    while pending:
+        yield pending.popleft().result()
 
 
-# -------------------------------------------------------------------------------------- parquet in
-def ask_hub(call, what, tries=TRIES):
-    """call(), after growing pauses again while the hub is busy or out of reach."""
-    from huggingface_hub import constants
-
-    for attempt in range(tries):
-        try:
-            return call()
-        except Exception as error:  # the hub, its HTTP client and its transfer library share no base class
-            reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:200]
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if status in (401, 403, 404) or isinstance(error, ValueError) or attempt + 1 == tries:
-                break
-        time.sleep(2**attempt)
-    advice = "check --repo_id, --remote_name and HF_TOKEN, or name local parquet files with --source"
-    raise OSError(f"cannot get {what} from {constants.ENDPOINT} ({reason}): {advice}")
+def read_texts(parquet, column, first_row):
+    """Yield the text column of a parquet file from first_row on, BATCH_SIZE rows at a time."""
+    row = 0
+    for batch in parquet.iter_batches(BATCH_SIZE, columns=[column]):
+        if row >= first_row:
+            yield batch.column(0)
+        row += len(batch)
 
 
-def find_files(args):
-    """The hub's commit, [[name, bytes], ...] of all parquet files in their order, and the paths of local ones."""
-    if args.source:
-        paths = []
-        for pattern in args.source:
-            found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-            paths += [path for path in found if path.endswith(".parquet")]
-            if not any(path.endswith(".parquet") for path in found):
-                fail(f"no parquet file at --source {pattern}: name files, or a pattern such as 'data/*.parquet'")
-        return None, [[os.path.basename(path), os.path.getsize(path)] for path in paths], paths
-    from huggingface_hub import HfApi
+def tokenize_file(pool, fast, path, column, first_row, look_ahead):
+    """Tokenize a parquet file in the threads of a pool. Yields a Batch per BATCH_SIZE rows.
 
-    what, folder = f"data set {args.repo_id}", SUBSETS.get(args.remote_name, args.remote_name) or None
-    commit = ask_hub(lambda: HfApi().dataset_info(args.repo_id).sha, what, min(TRIES, 3))
-    tree = functools.partial(HfApi().list_repo_tree, args.repo_id, folder, repo_type="dataset", recursive=True)
-    found = ask_hub(lambda: list(tree(revision=commit)), f"subset {args.remote_name} of {what}")
-    files = sorted([entry.path, entry.size] for entry in found if entry.path.endswith(".parquet"))
-    return commit, files or fail(f"no parquet file in subset {args.remote_name} of {what}: check --remote_name"), None
+    first_row is 0 or the end of a Batch. Raises ValueError if the file cannot be used.
+    """
+    try:
+        # Without buffer_size, pyarrow keeps whole row groups in memory.
+        with pq.ParquetFile(path, buffer_size=2**20) as parquet:
+            check_text_column(path, parquet.schema_arrow, column)
+            row = first_row
+            texts = read_texts(parquet, column, first_row)
+            for batch in map_ahead(pool, functools.partial(tokenize, fast), texts, look_ahead):
+                row += batch.rows
+                batch.fraction = row / parquet.metadata.num_rows
+                yield batch
+    except (OSError, UnicodeError, pa.ArrowException) as error:
+        reason = str(error)[:300]
+        raise ValueError(f"cannot read {path} ({reason}): replace or omit this file") from error
 
 
-def download(repo_id, commit, folder, name, size):
-    """Fetch a parquet file of the hub to folder, whole, and return its path."""
-    from huggingface_hub import hf_hub_download
+def check_text_column(path, schema, column):
+    """Raise ValueError unless a parquet file has exactly one column of this name, of texts."""
+    names = schema.names
+    advice = f"choose --text_column from {', '.join(names)}"
+    if column not in names:
+        raise ValueError(f"{path} does not contain column {column}: {advice}")
+    if names.count(column) > 1:
+        raise ValueError(f"{path} contains {names.count(column)} columns called {column}: rename all but one")
+    kind = schema.field(column).type
+    if pa.types.is_dictionary(kind):  # each distinct text is stored once
+        kind = kind.value_type
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+        raise ValueError(f"{path}: column {column} is {kind}, not text: {advice}")
 
-    def fetch():
-        path = hf_hub_download(repo_id, name, repo_type="dataset", revision=commit, local_dir=folder)
-        if os.path.getsize(path) != size:
+
+# ----------------------------------------------------------------------------- parquet files
+class HubFiles:
+    """Parquet files of a data set on the Hugging Face Hub, downloaded in the background."""
+
+    def __init__(self, repo_id, revision, files, folder, keep):
+        self.repo_id = repo_id
+        self.revision = revision  # commit of the data set
+        self.files = files  # [[name, bytes], ...]
+        self.folder = folder
+        self.keep = keep  # keep the downloaded files
+        self.downloads = {}  # index of a file: Future of its path
+        self.deleted = 0  # number of files whose downloads are deleted, from the first one on
+        # An interrupted run leaves partial downloads, but huggingface_hub starts new ones.
+        for path in glob.glob(f"{glob.escape(folder)}/.cache/**/*.incomplete", recursive=True):
             os.remove(path)
-            raise OSError(f"it did not come with {size} bytes")
+
+    def get_path(self, index):
+        """Return the path of a file, after downloading it if it is not here. Raises ValueError."""
+        self.start_download(index)
+        return self.downloads[index].result()
+
+    def start_download(self, index):
+        """Start to download a file, unless it has been started or there is no such file."""
+        if index in self.downloads or index >= len(self.files):
+            return
+        future = Future()
+        self.downloads[index] = future
+
+        def work():
+            try:
+                future.set_result(self.download(*self.files[index]))
+            except Exception as error:  # get_path raises it
+                future.set_exception(error)
+
+        # The process ends without waiting for a daemon thread, so a download that hangs, after an
+        # error elsewhere, cannot keep it alive.
+        threading.Thread(target=work, daemon=True).start()
+
+    def download(self, name, size):
+        """Download a parquet file and return its path. Raises ValueError."""
+        path = f"{self.folder}/{name}"
+        if os.path.isfile(path) and os.path.getsize(path) == size:  # from an earlier run
+            return path
+        from huggingface_hub import hf_hub_download  # imported here because it is slow
+
+        def fetch():
+            hf_hub_download(
+                repo_id=self.repo_id,
+                filename=name,
+                repo_type="dataset",
+                revision=self.revision,
+                local_dir=self.folder,
+            )
+            # A proxy may send a part of the file as if it were all.
+            if os.path.getsize(path) != size:
+                os.remove(path)
+                raise OSError(f"incomplete download: expected {size} bytes")
+
+        ask_hub(fetch, name)
         return path
 
-    return ask_hub(fetch, name)
+    def delete_before(self, index):
+        """Delete the downloads of all files before index, which are not needed any more."""
+        if self.keep:
+            return
+        for name, _ in self.files[self.deleted : index]:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f"{self.folder}/{name}")
+        self.deleted = index
+
+    def delete_all(self):
+        """Delete the folder of the downloads."""
+        if not self.keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def tokenize_file(submit, args, path, row):
-    """Yield (share of the file that is done, *what tokenize returns) for the batches of a parquet file from row on."""
-    column = args.text_column
+def ask_hub(function, what, attempts=None):
+    """Call a function, with growing pauses between attempts while the Hub is unavailable.
 
-    def start(parquet, at=0):
-        for batch in parquet.iter_batches(BATCH, columns=[column]):
-            if at >= row:
-                yield submit(tokenize, args.tokenizer, batch.column(0))
-            at += len(batch)
+    Raises ValueError if all attempts fail.
+    """
+    from huggingface_hub import constants  # imported here because it is slow
 
-    try:
-        with pq.ParquetFile(path, buffer_size=2**20) as parquet:  # without a buffer it holds whole row groups
-            names, done = parquet.schema_arrow.names, row
-            kind = parquet.schema_arrow.field(column).type if column in names else "missing"
-            if kind not in (pa.string(), pa.large_string()):
-                raise ValueError(f"text column {column} is {kind}: choose --text_column from {', '.join(names)}")
-            for tokens, rows, *counts in ahead(start(parquet), 4 * args.workers):
-                done += rows
-                yield done / parquet.metadata.num_rows, tokens, rows, *counts
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise OSError(f"cannot use {path} ({' '.join(str(error).split())[:300]})") from error
-
-
-# -------------------------------------------------------------------------------------- shards out
-def load_json(directory, name):
-    """The meta.json, or the state files, of a directory: a list, empty if there are none."""
-    found = []
-    for path in sorted(glob.glob(f"{glob.escape(directory)}/{name}")):
+    attempts = attempts or DOWNLOAD_ATTEMPTS
+    for attempt in range(attempts):
         try:
-            with open(path, encoding="utf-8") as file:
-                found.append({"shards": [], "source": {}} | json.load(file))
-        except (ValueError, TypeError) as error:
-            fail(f"cannot read {path} ({error}): delete {directory}, or name another")
-    return found
+            return function()
+        except Exception as error:  # errors of the Hub, of HTTP and of transfers share no base class
+            reason = f"{type(error).__name__}: {error.__cause__ or error}"[:200]
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            # Asking again is useless for data that does not exist or may not be read.
+            final = status in (401, 403, 404) or isinstance(error, ValueError)
+        if final:
+            break
+        if attempt + 1 < attempts:
+            time.sleep(2**attempt)
+    raise ValueError(
+        f"cannot get {what} from {constants.ENDPOINT} ({reason}): check --repo_id, --remote_name "
+        "and HF_TOKEN, or pass local parquet files with --source"
+    )
 
 
-def save_json(path, content):
-    """Write content to path, complete and on the disk, or not at all."""
+def list_hub_files(repo_id, remote_name):
+    """Return the newest commit of a data set on the Hub, and its parquet files as [[name, bytes], ...].
+
+    Raises ValueError if the Hub cannot be reached or the subset has no parquet files.
+    """
+    from huggingface_hub import HfApi  # imported here because it is slow
+
+    api = HfApi()
+    folder = SUBSETS.get(remote_name, remote_name) or None
+    attempts = min(DOWNLOAD_ATTEMPTS, 3)  # a wrong address should be reported soon
+    commit = ask_hub(lambda: api.dataset_info(repo_id).sha, f"data set {repo_id}", attempts)
+
+    def list_folder():
+        where = {"repo_id": repo_id, "repo_type": "dataset", "revision": commit}
+        return list(api.list_repo_tree(path_in_repo=folder, recursive=True, **where))
+
+    entries = ask_hub(list_folder, f"subset {remote_name} of data set {repo_id}")
+    files = sorted([entry.path, entry.size] for entry in entries if entry.path.endswith(".parquet"))
+    if not files:
+        raise ValueError(f"subset {remote_name} of {repo_id} is empty: check --remote_name")
+    return commit, files
+
+
+def find_local_files(patterns):
+    """Return the paths of the parquet files in --source. Raises ValueError if a pattern has none."""
+    paths = []
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern, recursive=True))
+        if os.path.isfile(pattern):  # a path, perhaps with characters that mean something in patterns
+            matches = [pattern]
+        # Named pipes and devices are not regular files: reading them could wait forever.
+        matches = [path for path in matches if path.endswith(".parquet") and os.path.isfile(path)]
+        if not matches:
+            raise ValueError(f"--source {pattern} matches no parquet file: pass the paths of files")
+        paths += matches
+    return paths
+
+
+def describe_local_file(path):
+    """Return [name, bytes, SHA-256 of the footer] of a parquet file.
+
+    The checksum shows whether a file has been replaced by another one of the same name and size.
+    """
+    # A parquet file ends with its footer, the footer's length in 4 bytes, and "PAR1". The footer
+    # contains the sizes and the smallest and largest values of all columns.
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 8, 0))
+        footer_length = int.from_bytes(file.read(4), "little")
+        file.seek(max(size - 8 - footer_length, 0))
+        return [os.path.basename(path), size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+# -------------------------------------------------------------------------- shards and state
+@dataclass
+class State:
+    """What a later run needs to continue after the last finished shard, stored as state_RANK.json."""
+
+    settings: dict  # as in meta.json: tokenizer, vocab_size, eot_token, source
+    rank: int
+    done: bool = False  # all shards of this rank are finished
+    file: int = 0  # index of the parquet file to continue with, among the files of this rank
+    row: int = 0  # row of that file to continue with
+    skip: int = 0  # number of tokens from that row on that are in finished shards already
+    tokens: int = 0  # so far, as all of the following
+    documents: int = 0
+    text_bytes: int = 0
+    empty: int = 0  # rows without a text
+    shards: list = field(default_factory=list)  # [{"file", "split", "tokens", "sha256"}, ...]
+
+
+def state_path(directory, rank):
+    """Return the path of a rank's state file. train_gpt2.py refuses a directory that has one."""
+    return f"{directory}/state_{rank:05d}.json"
+
+
+def read_states(directory):
+    """Return the states of all ranks in a directory. Raises ValueError if one is damaged."""
+    states = []
+    for path in sorted(glob.glob(f"{glob.escape(directory)}/state_*.json")):
+        try:
+            content = read_json(path)
+            state = State(**{item.name: content.get(item.name) for item in fields(State)})
+            check_state(state, path)
+        except ValueError as error:
+            advice = f"delete {directory}, or choose another --local_dir"
+            raise ValueError(f"{error}: {advice}") from None
+        states.append(state)
+    return states
+
+
+def check_state(state, path):
+    """Raise ValueError if a State from a file is not what this script writes."""
+    for item in fields(State):
+        value = getattr(state, item.name)
+        if type(value) is not item.type or (item.type is int and value < 0):
+            raise ValueError(f"{path}: {item.name} is missing or has a wrong value")
+    if os.path.basename(path) != os.path.basename(state_path("", state.rank)):
+        raise ValueError(f"{path} belongs to rank {state.rank}")
+    check_settings(state.settings, path)
+    check_shards(state.shards, path)
+    if state.tokens != sum(shard["tokens"] for shard in state.shards):
+        raise ValueError(f"{path}: its shards do not have {state.tokens} tokens")
+
+
+def check_settings(settings, path):
+    """Raise ValueError if settings from a state or meta.json are not what this script writes."""
+    tokenizer = settings.get("tokenizer")
+    if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != settings.get("vocab_size"):
+        raise ValueError(f"{path}: tokenizer and vocab_size are not those of a tokenizer")
+    source = settings.get("source")
+    if not isinstance(source, dict) or not isinstance(source.get("files"), list):
+        raise ValueError(f"{path}: source does not describe parquet files")
+    world_size = source.get("world_size")
+    if type(world_size) is not int or world_size < 1:
+        raise ValueError(f"{path}: world_size is missing or has a wrong value")
+    for file in source["files"]:
+        if not isinstance(file, list) or len(file) < 2 or type(file[1]) is not int:
+            raise ValueError(f"{path}: an entry of files does not describe a parquet file")
+        # Downloads are written to folder/name and deleted later. A name such as "../x" or "/x" would
+        # lead out of the folder.
+        name = file[0]
+        if not isinstance(name, str) or re.search(r"[\\:]|^/|(^|/)\.\.(/|$)|^$", name):
+            raise ValueError(f"{path}: an entry of files is not the name of a parquet file")
+
+
+def write_json(path, content):
+    """Write a JSON file atomically, and flush it to the disk."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
@@ -256,284 +469,691 @@ def save_json(path, content):
     os.replace(f"{path}.tmp", path)
 
 
-def unfinished(directory, state):
-    """The path of the shard in the making; .tmp will be cut off. Ranks take turns with the numbers, 0 is val."""
-    number = len(state["shards"]) * state["source"]["world_size"] + state["rank"]
-    return f"{directory}/edufineweb_{'train' if number else 'val'}_{number:06d}.npy.tmp"
+class ShardWriter:
+    """Collects tokens in memory, and writes them to shards. After each shard it saves the state."""
 
+    def __init__(self, directory, state, shard_size, limit):
+        self.directory = directory
+        self.state = state
+        self.limit = limit  # maximum number of tokens in all
+        self.saved_file = state.file  # index of the parquet file where a later run would continue
+        self.buffer = np.empty(min(shard_size, limit), "<u2")  # the tokens of the current shard
+        self.used = 0  # number of tokens in it
 
-def add(directory, state, limit, tokens, rows, size, skipped):
-    """Write what tokenize returned, up to limit tokens in all, and finish the shards that it fills.
+    @property
+    def full(self):
+        """Whether there are as many tokens as --max_tokens and --max_shards allow."""
+        return self.state.tokens >= self.limit
 
-    The state says where to read on (file, row, and skip: tokens of the batch there which are written already), how
-    many tokens are written (tokens) and how many of them to the unfinished shard (partial).
-    """
-    while state["skip"] < len(tokens) and state["tokens"] < limit:
-        n = min(state["source"]["shard_size"] - state["partial"], limit - state["tokens"])
-        new = tokens[state["skip"] :][:n]
-        with open(unfinished(directory, state), "ab") as file:
-            file.truncate(HEADER_BYTES + 2 * state["partial"])  # room for the header, and what a killed run left off
-            file.write(new)
-        for key, more in (
-            ("skip", new),
-            ("tokens", new),
-            ("partial", new),
-            ("documents", new[new == state["eot_token"]]),
-        ):
-            state[key] += len(more)
-        if len(new) == n:
-            finish_shard(directory, state)
-    state.update(row=state["row"] + rows, skip=0, bytes=state["bytes"] + size, skipped=state["skipped"] + skipped)
+    def add(self, batch):
+        """Add the tokens of a Batch, write the shards that it fills, and advance the state."""
+        state = self.state
+        while state.skip < len(batch.tokens) and not self.full:
+            # copy as many tokens as the shard and the limit have room for
+            room = min(len(self.buffer) - self.used, self.limit - state.tokens)
+            tokens = batch.tokens[state.skip : state.skip + room]
+            self.buffer[self.used : self.used + len(tokens)] = tokens
+            self.used += len(tokens)
+            state.skip += len(tokens)
+            state.tokens += len(tokens)
+            state.documents += int(np.count_nonzero(tokens == state.settings["eot_token"]))
+            if self.used == len(self.buffer):
+                self.write_shard()
+        # continue with the next batch
+        state.row += batch.rows
+        state.skip = 0
+        state.text_bytes += batch.text_bytes
+        state.empty += batch.empty
 
+    def next_file(self):
+        """Advance the state to the beginning of the next parquet file."""
+        self.state.file += 1
+        self.state.row = 0
 
-def save(directory, state, **changes):
-    """Bring the unfinished shard to the disk, and then the state that goes with it, from which a later run goes on."""
-    state.update(changes)
-    if state["partial"]:
-        with open(unfinished(directory, state), "ab") as file:
-            os.fsync(file.fileno())
-    save_json(f"{directory}/state_{state['rank']:05d}.json", state)
-
-
-def finish_shard(directory, state):
-    """Make the unfinished shard a complete one, if it has any tokens."""
-    path, count = unfinished(directory, state), state["partial"]
-    if count:
-        with open(path, "r+b") as file:
-            header = {"descr": "<u2", "fortran_order": False, "shape": (count,)}
-            np.lib.format.write_array_header_1_0(file, header)
+    def write_shard(self):
+        """Write the collected tokens to a shard, and save the state."""
+        state = self.state
+        # Ranks take turns with the numbers, so that their shards can be put into one directory. Shard 0
+        # is for validation.
+        number = len(state.shards) * state.settings["source"]["world_size"] + state.rank
+        split = "train" if number else "val"
+        name = f"edufineweb_{split}_{number:06d}.npy"
+        path = f"{self.directory}/{name}"
+        # Only a complete file gets the name of a shard.
+        with open(f"{path}.tmp", "wb") as file:
+            np.save(file, self.buffer[: self.used])
             file.flush()
             os.fsync(file.fileno())
-        name = os.path.basename(path).removesuffix(".tmp")
-        about = {"file": name, "split": name.split("_")[1], "tokens": count, "sha256": sha256_of(path)}
-        save(directory, state, partial=0, shards=[*state["shards"], about])
-        os.replace(path, path.removesuffix(".tmp"))
+        os.replace(f"{path}.tmp", path)
+        # A run that is killed here has the old state, and writes this shard again.
+        sha256 = sha256_of(path)
+        state.shards.append({"file": name, "split": split, "tokens": self.used, "sha256": sha256})
+        self.used = 0
+        self.save_state()
+
+    def save_state(self):
+        """Write the state file. Called when no tokens are collected, so the state counts written ones."""
+        write_json(state_path(self.directory, self.state.rank), asdict(self.state))
+        self.saved_file = self.state.file
 
 
-def finish(directory):
-    """Write meta.json for the shards of all ranks, and delete their state files."""
-    if load_json(directory, "meta.json"):
-        return print(f"{directory} is finished already")
-    states = load_json(directory, "state_*.json")
-    source = states[0]["source"] if states else {"world_size": 1}
-    done = sum(state["done"] and state["source"] == source for state in states)
-    if done != source["world_size"]:
-        fail(f"{directory} has {done} of {source['world_size']} ranks done with the same settings: run the rest")
-    shards = sorted((shard for state in states for shard in state["shards"]), key=lambda shard: shard["file"][-10:])
+# ------------------------------------------------------------------------- making a data set
+def make_shards(args):
+    """Make the shards of one rank, starting where the last run stopped. Raises ValueError."""
+    directory = args.local_dir
+    started = time.perf_counter()
+    encoding = get_tokenizer(args.tokenizer)
+
+    # find the input, and compare the settings with those that the directory was started with
+    if os.path.exists(directory) and not os.path.isdir(directory):
+        raise ValueError(f"--local_dir {directory} is a file: choose another --local_dir")
+    settings, paths = choose_settings(args, encoding)
+    if os.path.exists(f"{directory}/meta.json"):
+        finish(directory)  # if a run was killed before its last step
+        print(f"{directory} already contains these shards")
+        return
+
+    # Load the state under the lock. Another run may have written to the directory before.
+    os.makedirs(directory, exist_ok=True)
+    lock = lock_rank(directory, args.rank)
+    if os.path.exists(f"{directory}/meta.json"):
+        raise ValueError(f"another run has just finished {directory}: run the same command again")
+    state = State(settings, args.rank)
+    for saved in read_states(directory):
+        check_same_settings(directory, saved.settings, settings)
+        if saved.rank == args.rank:
+            state = saved
+    check_shard_files(directory, state.shards)
+
+    # reserve memory for a shard; 0 means no limit
+    limit = min(args.max_tokens or sys.maxsize, (args.max_shards or sys.maxsize) * args.shard_size)
+    check_free_space(directory, min(args.shard_size, limit))
+    writer = ShardWriter(directory, state, args.shard_size, limit)
+    writer.save_state()  # its file marks the directory as unfinished
+
+    # share the files: rank r takes the files r, r + world_size, r + 2 * world_size, ...
+    my_files = settings["source"]["files"][args.rank :: args.world_size]
+    if args.world_size > 1:
+        rank, total = f"rank {args.rank} of {args.world_size}", len(settings["source"]["files"])
+        print(f"{rank}: this process tokenizes {len(my_files)} of {total} parquet files")
+    hub = None
+    if paths:
+        paths = paths[args.rank :: args.world_size]
+    else:
+        folder = f"{directory}/parquet_{args.rank:05d}"
+        revision = settings["source"]["revision"]
+        hub = HubFiles(args.repo_id, revision, my_files, folder, args.keep_parquet)
+
+    # make the shards, and put the directory in order
+    sizes = [file[1] for file in my_files]
+    tokenize_files(args, without_look_ahead(encoding), paths, hub, sizes, writer)
+    state.done = True
+    writer.save_state()
+    if hub:
+        hub.delete_all()
+    lock.release()  # Windows cannot delete a file that is open, and finish deletes the lock's
+    if args.world_size == 1:
+        finish(directory)
+
+    # print the summary last, because the output may have been closed
+    seconds = time.perf_counter() - started
+    skipped = f"{state.empty:,} empty ones skipped"
+    print(f"{state.documents:,} documents ({skipped}), {state.text_bytes:,} bytes of text")
+    print(f"{state.tokens:,} tokens in {len(state.shards)} shards, {seconds:.1f} seconds")
+    if args.world_size > 1:
+        print(f"{rank} is done: when all are, run fineweb.py --finish --local_dir {directory}")
+
+
+def tokenize_files(args, fast, paths, hub, sizes, writer):
+    """Tokenize parquet files, starting where the writer's state says. Shows the time left on a terminal.
+
+    The files are local ones at paths, or those of hub (a HubFiles). sizes are in bytes.
+    """
+    state = writer.state
+    bar = tqdm(initial=state.tokens, unit="tok", unit_scale=True, disable=None)
+    with bar, ThreadPoolExecutor(args.workers) as pool:
+        for index in range(state.file, len(sizes)):
+            if writer.full:
+                break
+            path = hub.get_path(index) if hub else paths[index]
+            batches = tokenize_file(pool, fast, path, args.text_column, state.row, 4 * args.workers)
+            with contextlib.closing(batches):  # close the parquet file even if the loop ends early
+                for batch in batches:
+                    writer.add(batch)
+                    # As soon as a later run would continue in this file, the files before it can be
+                    # deleted and the next one downloaded. There are never more than two downloads.
+                    if hub and writer.saved_file == index:
+                        hub.delete_before(index)
+                        hub.start_download(index + 1)
+                    # tqdm shows the time left, from an estimate of the number of tokens
+                    fraction = (sum(sizes[:index]) + sizes[index] * batch.fraction) / sum(sizes)
+                    bar.total = int(min(writer.limit, state.tokens / fraction))
+                    bar.update(state.tokens - bar.n)
+                    if writer.full:
+                        break
+            if not writer.full:
+                writer.next_file()
+        if writer.used:
+            writer.write_shard()  # the last shard is shorter than the others
+
+
+def choose_settings(args, encoding):
+    """Return the settings for meta.json, and the paths of local parquet files or None.
+
+    Raises ValueError if the directory was started with other settings, or contains other files.
+    """
+    # read the settings that the directory was started with
+    directory = args.local_dir
+    saved_settings = []
+    if os.path.exists(f"{directory}/meta.json"):
+        meta = read_meta(directory)
+        check_settings(meta, f"{directory}/meta.json")
+        saved_settings.append(meta)
+    saved_settings += [state.settings for state in read_states(directory)]
+    if not saved_settings and os.path.isdir(directory):
+        # A run that is interrupted before it saves its first state leaves only these files.
+        ours = re.compile(r"state_\d+\.(lock|json\.tmp)")
+        others = [name for name in os.listdir(directory) if not ours.fullmatch(name)]
+        if others:
+            advice = "choose another --local_dir"
+            raise ValueError(f"{directory} contains other files ({others[0]}): {advice}")
+
+    # list the parquet files
+    paths = None
+    if args.source:
+        revision = None
+        paths = find_local_files(args.source)
+        files = [describe_local_file(path) for path in paths]
+    elif saved_settings:
+        # The data set may have changed on the Hub, but a directory keeps to one commit.
+        revision = saved_settings[0]["source"].get("revision")
+        files = saved_settings[0]["source"]["files"]
+    else:
+        revision, files = list_hub_files(args.repo_id, args.remote_name)
+
+    # compare
+    settings = {
+        "tokenizer": args.tokenizer,
+        "vocab_size": encoding.n_vocab,
+        "eot_token": encoding.eot_token,
+        "source": {
+            "repo_id": None if args.source else args.repo_id,
+            "remote_name": None if args.source else args.remote_name,
+            "text_column": args.text_column,
+            "shard_size": args.shard_size,
+            "max_tokens": args.max_tokens,
+            "max_shards": args.max_shards,
+            "world_size": args.world_size,
+            "revision": revision,
+            "files": files,
+        },
+    }
+    for saved in saved_settings:
+        check_same_settings(directory, saved, settings)
+    return settings, paths
+
+
+def check_same_settings(directory, saved, settings):
+    """Raise ValueError if settings differ from those that a directory was started with."""
+    started = f"{directory} was started with"
+    advice = "use the original settings, or another --local_dir"
+    old_values = {**saved, **saved["source"]}
+    new_values = {**settings, **settings["source"]}
+    for name, new in new_values.items():
+        old = old_values.get(name)
+        if old != new and name not in ("source", "files"):
+            raise ValueError(f"{started} {name} {str(old)[:100]}, not {str(new)[:100]}: {advice}")
+    # the list of files can be long, so show only what differs
+    old_files, new_files = saved["source"]["files"], settings["source"]["files"]
+    if len(old_files) != len(new_files):
+        numbers = f"{len(old_files)} parquet files, not {len(new_files)}"
+        raise ValueError(f"{started} {numbers}: {advice}")
+    for old, new in zip(old_files, new_files, strict=True):
+        if old[:2] != new[:2]:
+            both = f"{old[0]} ({old[1]} bytes), not {new[0]} ({new[1]} bytes)"
+            raise ValueError(f"{started} {both}: {advice}")
+        if old != new:  # the checksums of the footers
+            raise ValueError(f"{started} another {new[0]} of {new[1]} bytes: {advice}")
+
+
+def lock_rank(directory, rank):
+    """Lock the work of a rank, and return the lock. Raises ValueError if another process has the lock.
+
+    The operating system releases the lock when the process ends, even if it is killed.
+    """
+    lock = filelock.FileLock(f"{directory}/state_{rank:05d}.lock", fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise ValueError(
+            f"another run of rank {rank} is writing to {directory}: wait for it, or choose another --local_dir"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        # Some network file systems do not support locks. A full disk, for example, is an error.
+        reason = getattr(error, "errno", errno.ENOSYS)
+        if reason not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        print(f"warning: {directory} cannot be locked: start only one run in it", file=sys.stderr)
+    return lock
+
+
+def check_shard_files(directory, shards):
+    """Raise ValueError if the file of a finished shard is missing or has another length."""
     for shard in shards:
         path = f"{directory}/{shard['file']}"
-        if not os.path.exists(path) or os.path.getsize(path) != HEADER_BYTES + 2 * shard["tokens"]:
-            fail(f"{path} is missing or cut short: copy it here, or delete {directory} and start again")
-    about = {key: states[0][key] for key in ("tokenizer", "vocab_size", "eot_token", "source")}
-    save_json(f"{directory}/meta.json", about | {"shards": shards})
-    for path in glob.glob(f"{glob.escape(directory)}/state_*"):
+        try:
+            complete = len(load_shard(path)) == shard["tokens"]
+        except ValueError:
+            complete = False
+        if not complete:
+            raise ValueError(f"{path} is missing or truncated: copy it here, or delete {directory}")
+
+
+def check_free_space(directory, shard_tokens):
+    """Raise ValueError if the disk has no room for one shard."""
+    needed = 2 * shard_tokens
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise ValueError(
+            f"a shard needs {needed} bytes but {directory} has only {free} free: use a smaller "
+            "--shard_size, or free some space"
+        )
+
+
+# -------------------------------------------------------------------------------- finishing
+def finish(directory):
+    """Write meta.json for the shards of all ranks, and delete their state files.
+
+    Raises ValueError if ranks are missing or the vocabulary cannot be loaded.
+    """
+    if not os.path.exists(f"{directory}/meta.json"):
+        # check that all ranks are done
+        states = read_states(directory)
+        settings = states[0].settings if states else {"source": {"world_size": 1}}
+        world_size = settings["source"]["world_size"]
+        done = [state for state in states if state.done and state.settings == settings]
+        if len(done) != world_size:
+            raise ValueError(
+                f"{directory}: only {len(done)} of {world_size} ranks have finished with these "
+                "settings: run the others first"
+            )
+        # collect their shards, in the order of the numbers in their names
+        shards = []
+        for state in done:
+            check_shard_files(directory, state.shards)
+            shards += state.shards
+        shards.sort(key=lambda shard: int(re.search(r"\d+", shard["file"])[0]))
+        # meta.json comes last: it says that everything else is there
+        get_tokenizer(settings["tokenizer"])  # downloads GPT-2's vocabulary if it is not here
+        write_tokenizer_files(settings["tokenizer"], directory)
+        write_json(f"{directory}/meta.json", {**settings, "shards": shards})
+    for path in glob.glob(f"{glob.escape(directory)}/state_*"):  # states and locks
         os.remove(path)
 
 
-# ------------------------------------------------------------------------------------ command line
-# --- copied block: read_shard ---
-NPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00(..)\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d+),\), \}", re.S
-)
-BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # llm.c's shards: 256 int32, then uint16 tokens
+# -------------------------------------------------------------------------------- verifying
+@dataclass
+class Summary:
+    """What verify prints about a split."""
+
+    shards: int = 0
+    tokens: int = 0
+    documents: int = 0
+    beginning: str = ""
 
 
-def read_header(path):
-    """(bytes before the tokens, number of tokens) of a shard; raises ValueError if it is none."""
-    with open(path, "rb") as file:
-        head = file.read(BIN_HEADER)
-        size = file.seek(0, os.SEEK_END)
-    npy = NPY_HEADER.match(head)
-    if npy:
-        offset, count = 10 + int.from_bytes(npy[1], "little"), int(npy[2])
-    elif len(head) == BIN_HEADER and struct.unpack("<2i", head[:8]) == (BIN_MAGIC, BIN_VERSION):
-        offset, count = BIN_HEADER, struct.unpack("<i", head[8:12])[0]
+def verify(directory):
+    """Check the shards of a directory, compare them with meta.json, and print a summary.
+
+    Raises ValueError if there are problems.
+    """
+    if not os.path.isdir(directory):
+        raise ValueError(f"--verify {directory} is not a directory: pass a directory of shards")
+    names = [name for name in os.listdir(directory) if re.fullmatch(r"[^.].*\.(npy|bin)", name)]
+    if not names:
+        raise ValueError(f"{directory} contains no .npy or .bin files: pass a directory of shards")
+
+    # find out what the shards should be
+    tokenizer = "gpt2"
+    described = []  # entries of meta.json or of the states
+    states = read_states(directory)
+    if os.path.exists(f"{directory}/meta.json"):
+        meta = read_meta(directory)
+        tokenizer, described = meta["tokenizer"], meta["shards"]
+        print(f"{directory}: {tokenizer} tokens; the shards are compared with meta.json")
+    elif states:
+        tokenizer = states[0].settings["tokenizer"]
+        for state in states:
+            described += state.shards
+        print(f"{directory}: {tokenizer} tokens, unfinished; the shards are compared with the state")
     else:
-        raise ValueError(f"{path} is no token shard: neither a one-dimensional uint16 .npy nor llm.c's .bin")
-    if size != offset + 2 * count:
-        raise ValueError(f"{path} has {size:,} bytes, its header promises {offset + 2 * count:,}: make it again")
-    return offset, count
+        print(f"{directory}: {tokenizer} tokens, assumed because meta.json is missing; no checksums")
+    expected = {shard["file"]: shard for shard in described}
+    encoding = get_tokenizer(tokenizer)
+
+    # check each shard, and count its tokens and documents
+    problems = [f"{name} is missing" for name in sorted(set(expected) - set(names))]
+    summaries = {}  # split: Summary
+    for name in tqdm(sorted(names), desc="verifying", unit="shard", disable=None, leave=False):
+        path = f"{directory}/{name}"
+        try:
+            tokens = load_shard(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        largest = int(tokens.max(initial=0))
+        if largest >= encoding.n_vocab:
+            problems.append(f"{name} contains token {largest}, but {tokenizer} has {encoding.n_vocab}")
+        if expected and name not in expected:
+            problems.append(f"{name} is not part of the data set")
+        elif expected:
+            problems += compare_shard(path, tokens, expected[name])
+        summary = summaries.setdefault("val" if "_val_" in name else "train", Summary())
+        summary.shards += 1
+        summary.tokens += len(tokens)
+        summary.documents += np.count_nonzero(tokens == encoding.eot_token)
+        if summary.shards == 1:
+            first_tokens = [token for token in tokens[:50].tolist() if token < encoding.n_vocab]
+            summary.beginning = encoding.decode(first_tokens)
+
+    # report
+    for split, summary in summaries.items():
+        print(f"{split}: {summary.shards:,} shards, {summary.tokens:,} tokens, ", end="")
+        print(f"{summary.documents:,} documents")
+        print(f"  begins with {summary.beginning!r}")
+    if problems:
+        first = "; ".join(problems[:5])
+        raise ValueError(f"{len(problems)} problems in {directory}: {first}")
+    print("no problems found")
 
 
-@lru_cache(maxsize=16)
-def open_shard(path):
-    """The tokens of a shard, mapped into memory: a read-only uint16 array (N,)."""
-    offset, count = read_header(path)
-    return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
+def compare_shard(path, tokens, expected):
+    """Return a list of what differs between a shard and its entry in meta.json."""
+    name = os.path.basename(path)
+    if len(tokens) != expected["tokens"]:
+        return [f"{name} has {len(tokens)} tokens instead of {expected['tokens']}"]
+    if expected.get("sha256") and sha256_of(path) != expected["sha256"]:
+        return [f"{name} does not match its checksum"]
+    return []
 
 
-# --- end of copied block: read_shard ---
+# ------------------------------------------------------------------------- shared functions
+# --- copied block: write_tokenizer_files ---
+GPT2_FILES = {  # names for Hugging Face: OpenAI's names, SHA-256
+    "vocab.json": ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+    "merges.txt": ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+}
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+
+
+def write_tokenizer_files(name, directory):
+    """Write vocab.json and merges.txt, from which transformers builds the tokenizer, into directory.
+
+    For "gpt2" they are OpenAI's files, which tiktoken has in its cache once get_tokenizer("gpt2") has been called.
+    """
+    if name == "gpt2":
+        for file_name, (original_name, sha256) in GPT2_FILES.items():
+            content = tiktoken.load.read_file_cached(f"{GPT2_URL}/{original_name}", sha256)
+            with open(f"{directory}/{file_name}", "wb") as file:
+                file.write(content)
+        return
+    # vocab.json maps characters to ids. GPT-2 represents each byte by one character: the printable bytes of
+    # Latin-1 by themselves, the others by the characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocab = {chr(byte): byte for byte in printable}
+    for i, byte in enumerate(others):
+        vocab[chr(256 + i)] = byte
+    vocab["<|endoftext|>"] = 256
+    with open(f"{directory}/vocab.json", "w", encoding="utf-8") as file:
+        json.dump(vocab, file)
+    with open(f"{directory}/merges.txt", "w", encoding="utf-8") as file:
+        file.write("#version: 0.2\n")  # no merges
+
+
+# --- end of copied block: write_tokenizer_files ---
+
+
 # --- copied block: sha256_of ---
 def sha256_of(path):
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- end of copied block: sha256_of ---
-def verify(directory):
-    """Recount the shards of a directory, ours or foreign, compare them with meta.json if there is one, and report."""
-    known = load_json(directory, "meta.json") or load_json(directory, "state_*.json")
-    about = known[0] if known else {"tokenizer": "gpt2", "vocab_size": 50257, "eot_token": 50256}
-    told = {shard["file"]: (shard["tokens"], shard["sha256"]) for one in known for shard in one["shards"]}
-    names = sorted(name for name in os.listdir(directory) if name.endswith((".npy", ".bin")))
-    if not names:
-        fail(f"{directory} has no shard (.npy or .bin): name a directory that does")
-    enc, splits, frequency = get_tokenizer(about["tokenizer"]), {}, np.zeros(2**16, np.int64)
-    wrong = [f"{name} is missing" for name in told if name not in names]
-    for name in tqdm(names, disable=None, leave=False):
-        try:
-            tokens, digest = open_shard(f"{directory}/{name}"), sha256_of(f"{directory}/{name}")
-        except (OSError, ValueError) as error:
-            wrong.append(str(error))
-            continue
-        count = sum(np.bincount(tokens[i : i + 2**22], minlength=2**16) for i in range(0, len(tokens), 2**22))
-        frequency += count
-        if count[about["vocab_size"] :].any():
-            wrong.append(f"{name} has token {np.flatnonzero(count)[-1]}, beyond the vocabulary")
-        if told and told.get(name) != (len(tokens), digest):
-            wrong.append(f"{name} is not as described: {len(tokens)} tokens, SHA-256 {digest}")
-        split = splits.setdefault("val" if "_val_" in name else "train", [0, 0, 0, tokens[:50].tolist()])
-        split[:3] = split[0] + 1, split[1] + len(tokens), split[2] + int(count[about["eot_token"]])
-    print(f"{directory}: {about['tokenizer']} tokens, {'SHA-256 compared' if told else 'no SHA-256 known'}")
-    for split, (shards, number, documents, ids) in splits.items():
-        text = enc.decode([i for i in ids if i < about["vocab_size"]])
-        print(f"{split}: {shards:,} shards, {number:,} tokens, {documents:,} documents, beginning {text!r}")
-    top = [int(i) for i in np.argsort(-frequency)[:10] if i < about["vocab_size"]]
-    print("most frequent:", *(f"{enc.decode([i])!r} {frequency[i] / max(frequency.sum(), 1):.1%}" for i in top))
-    if wrong:
-        fail(f"{len(wrong)} faults in {directory}: {'; '.join(wrong[:5])}")
 
 
-def open_state(args):
-    """The state that --local_dir was left in or a new one, and the paths of local parquet files."""
-    directory, enc = args.local_dir, get_tokenizer(args.tokenizer)
-    known = load_json(directory, "meta.json") + load_json(directory, "state_*.json")
-    ours = re.compile(r"edufineweb_\w+\.npy\.tmp|state_\d+\.(lock|json\.tmp)|parquet_\d+")  # of a run that got nowhere
-    if not known and os.path.isdir(directory) and not all(map(ours.fullmatch, os.listdir(directory))):
-        fail(f"--local_dir {directory} holds something else: name another directory")
-    keys = ("repo_id", "remote_name", "text_column", "shard_size", "max_tokens", "max_shards", "world_size")
-    source, paths = {key: getattr(args, key) for key in keys}, None
-    if known and not args.source:  # the commit and the files of the hub stay those of the first run
-        source |= {key: known[0]["source"].get(key) for key in ("revision", "files")}
-    else:
-        source["revision"], source["files"], paths = find_files(args)
-    about = {"tokenizer": args.tokenizer, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token}
-    for key, new in (about | source).items():
-        for old in [old for one in known if (old := (one | one["source"]).get(key)) != new]:
-            was = f"{directory} was begun with {key} {str(old)[:200]}, not {str(new)[:200]}"
-            fail(f"{was}: repeat the first settings, or use another --local_dir")
-    new = dict.fromkeys(("file", "row", "skip", "tokens", "partial", "documents", "bytes", "skipped"), 0)
-    mine = [one for one in known if one.get("rank", args.rank) == args.rank]
-    return mine[0] if mine else about | {"source": source, "shards": [], "rank": args.rank, "done": False} | new, paths
+# --- copied block: read_json ---
+def read_json(path):
+    """Return the JSON object in a file as a dict. Raises ValueError if there is no such object, OSError if no file."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not contain a JSON object")
+    return content
 
 
-def run(args):
-    """Make the shards of one rank, from where the last run stopped, with a progress bar on a terminal."""
-    began, directory, folder = time.perf_counter(), args.local_dir, f"{args.local_dir}/parquet_{args.rank:05d}"
-    state, paths = open_state(args)
-    if "done" not in state:  # it is meta.json
-        return print(f"{directory} already holds these shards")
-    os.makedirs(directory, exist_ok=True)
-    lock = open(f"{directory}/state_{args.rank:05d}.lock", "a", encoding="utf-8")  # noqa: SIM115, held open
-    with contextlib.suppress(ImportError):  # Windows has no such lock
-        import fcntl
-
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
-        except BlockingIOError:
-            fail(f"another run of rank {args.rank} writes to {directory}: wait for it, or name another --local_dir")
-    for path in (f"{directory}/{shard['file']}" for shard in state["shards"][-1:]):
-        if os.path.exists(f"{path}.tmp"):  # killed before the last line of finish_shard
-            os.replace(f"{path}.tmp", path)
-    for stale in glob.glob(f"{glob.escape(folder)}/.cache/**/*.incomplete", recursive=True):
-        os.remove(stale)  # of a killed run; the library begins a new one
-    limit = min(args.max_tokens or sys.maxsize, (args.max_shards or sys.maxsize) * args.shard_size)
-    need, free = 2 * (min(args.shard_size, limit) - state["partial"]), shutil.disk_usage(directory).free
-    if need > free:
-        fail(f"a shard takes {need} bytes, {directory} has {free} left: use a smaller --shard_size or make room")
-    files, first = state["source"]["files"][args.rank :: args.world_size], state["file"]
-    sizes, todo, read = [size for _, size in files], files[first:] if state["tokens"] < limit else [], 0
-    bar = tqdm(initial=state["tokens"], unit="tok", unit_scale=True, disable=None)
-    with start_workers(args.workers + (not paths)) as submit, bar:
-        fetch = functools.partial(submit, download, args.repo_id, state["source"]["revision"], folder)
-        coming = paths[args.rank :: args.world_size][first:] if paths else ahead((fetch(*file) for file in todo), 1)
-        for file, (_, path) in enumerate(zip(todo, coming, strict=False), first):
-            for share, *found in tokenize_file(submit, args, path, state["row"]):
-                add(directory, state, limit, *found)
-                read += found[2] / 1e6
-                share = (sum(sizes[:file]) + sizes[file] * share) / sum(sizes)
-                bar.total = int(min(limit, state["tokens"] / share))
-                bar.set_postfix_str(f"{read / (time.perf_counter() - began):.1f} MB/s", refresh=False)
-                bar.update(state["tokens"] - bar.n)
-                if state["tokens"] == limit:
-                    break
-            if state["tokens"] == limit:
-                break
-            save(directory, state, file=file + 1, row=0)
-            if not paths and not args.keep_parquet:
-                os.remove(path)
-    finish_shard(directory, state)
-    save(directory, state, done=True)
-    if not args.keep_parquet:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(f"{state['documents']:,} documents ({state['skipped']:,} empty ones skipped), {state['bytes']:,} bytes,")
-    print(f"{state['tokens']:,} tokens in {len(state['shards'])} shards, {time.perf_counter() - began:.1f} seconds")
-    if args.world_size == 1:
-        return finish(directory)
-    print(f"rank {args.rank} is done: when all {args.world_size} are, run --finish --local_dir {directory}")
+# --- end of copied block: read_json ---
 
 
-def end_at_ctrl_c(number, frame):
-    """The handler of SIGINT: ends at once, as a run may at any moment; an exception can get lost in a library."""
-    for process in multiprocessing.active_children():
-        process.kill()
-    os.write(2, b"interrupted: the same command continues\n")
-    os._exit(130)
+# --- copied block: read_meta ---
+VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
+
+
+def check_shards(shards, path):
+    """Raise ValueError if the list of shards in a JSON file is not what fineweb.py and prepare_shakespeare.py write."""
+    if not isinstance(shards, list):
+        raise ValueError(f"{path}: shards is not a list")
+    for shard in shards:
+        if not isinstance(shard, dict):
+            raise ValueError(f"{path}: {shard!r} does not describe a shard")
+        name, tokens, sha256 = shard.get("file"), shard.get("tokens"), shard.get("sha256")
+        # A plain name cannot point to a file outside the directory.
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.(npy|bin)", name):
+            raise ValueError(f"{path}: {name!r} is not the name of a shard")
+        if type(tokens) is not int or not 0 <= tokens < 2**62:
+            raise ValueError(f"{path}: {name} has {tokens!r} tokens")
+        if sha256 and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
+            raise ValueError(f"{path}: {sha256!r} is not a SHA-256")
+
+
+def read_meta(directory):
+    """Return the checked content of a data set's meta.json. Raises ValueError if it is damaged, OSError if missing."""
+    path = f"{directory}/meta.json"
+    meta = read_json(path)
+    tokenizer, vocab_size = meta.get("tokenizer"), meta.get("vocab_size")
+    if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != vocab_size:
+        raise ValueError(f"{path}: there is no tokenizer {tokenizer!r} with {vocab_size!r} tokens")
+    check_shards(meta.get("shards"), path)
+    return meta
+
+
+# --- end of copied block: read_meta ---
+
+
+# --- copied block: load_shard ---
+def load_shard(path):
+    """Memory-map a token shard, a .npy file or a .bin file in llm.c's format. Returns a uint16 array (N,).
+
+    Raises ValueError if the file is not a shard, or is shorter or longer than its header says.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
+    try:
+        if path.endswith(".npy"):
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            offset = getattr(tokens, "offset", 0)
+        else:  # 256 int32 (magic number, version, number of tokens, zeros), then the tokens
+            offset = 1024
+            magic, version, num_tokens = np.fromfile(path, dtype="<i4", count=3).tolist()
+            if (magic, version) != (20240520, 1):
+                raise ValueError("its first numbers are not 20240520 and 1")
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(num_tokens,))
+    except Exception as error:  # damaged headers raise many types of errors
+        raise ValueError(f"{path} is not a token shard ({error}): regenerate it") from None
+    if not isinstance(tokens, np.ndarray) or tokens.dtype != np.dtype("<u2") or tokens.ndim != 1:
+        raise ValueError(f"{path} is not a token shard (a one-dimensional uint16 array): regenerate it")
+    if os.path.getsize(path) != offset + tokens.nbytes:
+        raise ValueError(f"{path} is longer than its header says: regenerate it")
+    return tokens
+
+
+# --- end of copied block: load_shard ---
+
+
+# ----------------------------------------------------------------------------- command line
+# --- copied block: fail ---
+def fail(message):
+    """Report a user error in one line on stderr and exit with status 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- end of copied block: fail ---
+
+
+# --- copied block: run_script ---
+def run_script(main):
+    """Call main() with output that suits terminals, pipes and files.
+
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
+    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, as in ">&-"
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (stays open)
+        elif hasattr(stream, "reconfigure"):  # Jupyter's streams have no such method
+            stream.reconfigure(errors="replace", line_buffering=True)
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(0)  # a normal exit would write to the closed pipe again
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        os._exit(1)
+
+
+# --- end of copied block: run_script ---
+
+
+def default_ranks():
+    """Return the rank and the number of processes, from RANK and WORLD_SIZE or from Slurm."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    rank, world_size = "0", "1"
+    # A batch script also sees SLURM_PROCID and SLURM_NTASKS, but it runs only once. srun starts one
+    # process per task, in a step with a small number. The steps of batch scripts and of interactive
+    # shells have numbers from 2**32 - 16 on.
+    if step.isdecimal() and int(step) < 2**32 - 16:
+        rank = os.environ.get("SLURM_PROCID", rank)
+        world_size = os.environ.get("SLURM_NTASKS", world_size)
+    return os.environ.get("RANK", rank), os.environ.get("WORLD_SIZE", world_size)
+
+
+def parse_args():
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; see --help")
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--source", nargs="+", metavar="FILE", help="local parquet files or 'patterns', instead of the Hub's"
+    )
+    group.add_argument(
+        "--repo_id",
+        default="HuggingFaceFW/fineweb-edu",
+        help="data set on the Hugging Face Hub; the default is FineWeb-Edu (HuggingFaceFW/fineweb-edu)",
+    )
+    group.add_argument(
+        "--remote_name",
+        default="sample-10BT",
+        help=f"subset: {', '.join(SUBSETS)}, or a folder in the repository, or '' for everything "
+        "(default: sample-10BT)",
+    )
+    group.add_argument("--text_column", default="text", help="column that contains the documents (default: text)")
+    group.add_argument(
+        "--keep_parquet",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep the downloaded parquet files (default: delete each once it is tokenized)",
+    )
+
+    group = parser.add_argument_group("shards")
+    group.add_argument("--local_dir", default="edu_fineweb10B", help="output directory (default: edu_fineweb10B)")
+    group.add_argument(
+        "--tokenizer",
+        choices=["bytes", "gpt2"],
+        default="gpt2",
+        help="gpt2 (50,257 tokens, the default) or bytes (one token per byte)",
+    )
+    group.add_argument("--shard_size", type=int, default=100_000_000, help="tokens per shard (default: 100000000)")
+    group.add_argument(
+        "--max_tokens", type=int, default=0, help="stop after this many tokens per rank (default: 0, no limit)"
+    )
+    group.add_argument(
+        "--max_shards", type=int, default=0, help="stop after this many shards per rank (default: 0, no limit)"
+    )
+
+    group = parser.add_argument_group("system")
+    group.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="threads that tokenize (default: one per CPU core)"
+    )
+    rank, world_size = default_ranks()
+    group.add_argument(
+        "--rank", type=int, default=rank, help="number of this machine, from 0 (default: $RANK, srun's number, or 0)"
+    )
+    group.add_argument(
+        "--world_size",
+        type=int,
+        default=world_size,
+        help="number of machines that share the work (default: $WORLD_SIZE, srun's number of tasks, or 1)",
+    )
+
+    group = parser.add_argument_group("other actions")
+    group.add_argument("--finish", action="store_true", help="write meta.json in --local_dir when all ranks are done")
+    group.add_argument("--verify", metavar="DIR", help="only verify and summarize the shards of a directory")
+
+    args = parser.parse_args()
+    minimums = {"shard_size": 1, "max_tokens": 0, "max_shards": 0, "workers": 1, "rank": 0}
+    for name, minimum in minimums.items():
+        value = getattr(args, name)
+        if value < minimum:
+            fail(f"--{name} is {value}: it must be at least {minimum}")
+    if args.rank >= args.world_size:
+        fail(f"--rank {args.rank} must be less than --world_size {args.world_size}")
+    return args
 
 
 def main():
-    signal.signal(signal.SIGINT, end_at_ctrl_c)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
-    add, env = parser.add_argument, os.environ.get
-    add("--source", nargs="+", metavar="FILE", help="local parquet files or 'patterns' instead of the hub's")
-    add("--repo_id", default="HuggingFaceFW/fineweb-edu", help="data set on the hub (HuggingFaceFW/fineweb-edu)")
-    add("--remote_name", default="sample-10BT", help=f"{', '.join(SUBSETS)} or a folder, '' for all (sample-10BT)")
-    add("--text_column", default="text", help="column of the documents (text)")
-    add("--local_dir", default="edu_fineweb10B", help="directory to make (edu_fineweb10B)")
-    add("--tokenizer", choices=["bytes", "gpt2"], default="gpt2", help="one token a byte, or GPT-2's (gpt2)")
-    add("--shard_size", type=int, default=100_000_000, help="tokens a shard (100000000)")
-    add("--max_tokens", type=int, default=0, help="stop after so many tokens a rank, 0: never (0)")
-    add("--max_shards", type=int, default=0, help="stop after so many shards a rank, 0: never (0)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes that tokenise (one a core)")
-    add("--keep_parquet", action=argparse.BooleanOptionalAction, default=False, help="keep the downloads (no)")
-    rank, world_size = env("RANK", env("SLURM_PROCID", "0")), env("WORLD_SIZE", env("SLURM_NTASKS", "1"))
-    add("--rank", type=int, default=rank, help="number of this machine, from 0 ($RANK, $SLURM_PROCID, 0)")
-    add("--world_size", type=int, default=world_size, help="machines ($WORLD_SIZE, $SLURM_NTASKS, 1)")
-    add("--finish", action="store_true", help="write meta.json for --local_dir when all ranks are done")
-    add("--verify", metavar="DIR", help="recount and describe the shards of a directory, do nothing else")
-    args = parser.parse_args()
-    for name, least in {"shard_size": 1, "max_tokens": 0, "max_shards": 0, "workers": 1, "rank": 0}.items():
-        if getattr(args, name) < least:
-            fail(f"--{name} is {getattr(args, name)}: it must be at least {least}")
-    if args.rank >= args.world_size:
-        fail(f"--rank {args.rank} must be below --world_size {args.world_size}")
-    args.repo_id, args.remote_name = (None, None) if args.source else (args.repo_id, args.remote_name)
-    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_VERBOSITY="critical")
+    args = parse_args()
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["HF_HUB_VERBOSITY"] = "critical"
     try:
-        verify(args.verify) if args.verify else finish(args.local_dir) if args.finish else run(args)
-    except BrokenExecutor:
-        fail(
-            "a worker process was killed, perhaps for lack of memory: the same command continues, fewer --workers help"
-        )
-    except requests.RequestException as error:
-        reason = f"cannot fetch the GPT-2 vocabulary ({type(error).__name__})"
-        fail(f"{reason}: point TIKTOKEN_CACHE_DIR at a folder that holds it, or use --tokenizer bytes")
+        if args.verify is not None:
+            verify(args.verify)
+        elif args.finish:
+            finish(args.local_dir)
+            print(f"{args.local_dir} is finished")
+        else:
+            make_shards(args)
+    except ValueError as error:  # all functions above raise it for the user's errors
+        fail(error)
+    except MemoryError:
+        fail("out of memory: use a smaller --shard_size or fewer --workers, and run the command again")
+    except BrokenPipeError:
+        raise  # run_script ends the script silently
     except OSError as error:
-        again = "what is finished stays and the same command continues, on a full disk after making room"
-        fail(f"{error}: {again}" if error.errno and not args.verify else str(error))  # ours say what to do
+        advice = "finished shards are kept: free some space if the disk is full, and run the same command again"
+        fail(f"{error}; {advice}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -300,7 +300,7 @@ class GPT(nn.Module):
         # Add the padding rows, which the files do not contain, and drop the positions beyond block_size.
         padding = model.wte.weight[config.vocab_size :].detach()
         weights["wte.weight"] = torch.cat((weights["wte.weight"].float(), padding))
-        if "wpe.weight" in weights and len(weights["wpe.weight"]) == saved["n_positions"]:
+        if "wpe.weight" in weights and weights["wpe.weight"].shape[:1] == (saved["n_positions"],):
             weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
         try:
             model.load_state_dict(weights, strict=True)
@@ -439,8 +439,13 @@ def read_weights(directory, config):
     buffers = (".attn.bias", ".attn.masked_bias")
     weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
     embedding = weights.get("wte.weight")
+    if embedding is None or embedding.shape[1:] != (config["n_embd"],) or len(embedding) < config["vocab_size"]:
+        raise ValueError(
+            f"{directory} does not match its config.json: wte.weight must have at least {config['vocab_size']} rows "
+            f"of {config['n_embd']} numbers"
+        )
     head = weights.pop("lm_head.weight", embedding)
-    if embedding is None or (head is not embedding and not torch.equal(head, embedding)):
+    if head is not embedding and not torch.equal(head, embedding):
         raise ValueError(f"{directory}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding")
     for name, weight in weights.items():
         if not weight.is_floating_point():
@@ -584,24 +589,28 @@ def read_data_set(data_dir):
             "or python fineweb.py (hours)"
         )
     # Read meta.json. Files whose names begin with a dot are the operating system's (macOS writes ._NAME.npy).
-    names = sorted(name for name in os.listdir(data_dir) if not name.startswith("."))
+    names = {name for name in os.listdir(data_dir) if not name.startswith(".")}
     if os.path.lexists(f"{data_dir}/meta.json"):
-        meta = read_meta(data_dir)
+        try:
+            meta = read_meta(data_dir)
+        except ValueError as error:
+            raise ValueError(f"{error}: regenerate the shards") from None
     elif any(re.fullmatch(r"state_\d+\.json", name) for name in names):
         raise ValueError(f"--data_dir {data_dir} is not finished: run the same fineweb.py command again")
     else:
-        shards = [{"file": name} for name in names if re.fullmatch(r".+\.(npy|bin)", name)]
+        shards = [{"file": name} for name in sorted(names) if re.fullmatch(r".+\.(npy|bin)", name)]
         meta = {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"], "shards": shards}
 
     # Compare each shard with its description, and look for impossible token ids, which a wrong tokenizer or
     # a damaged file causes. 64M tokens are enough for that: start-up must be fast.
+    present = set(names)
     probe_size = max(1024, 2**26 // max(1, len(meta["shards"])))  # tokens per shard
     digest = hashlib.sha256(f"{meta['tokenizer']} {meta.get('source')}".encode())
     for shard in meta["shards"]:
         if split_of(shard["file"]) is None:
             continue
         path = os.path.join(data_dir, shard["file"])
-        if shard["file"] not in names:
+        if shard["file"] not in present:
             raise ValueError(f"{path} is missing, but meta.json lists it: regenerate the shards")
         tokens = load_shard(path)
         if shard.setdefault("tokens", len(tokens)) != len(tokens):
@@ -2099,10 +2108,11 @@ def warm_up_ddp(model, raw_model, args, device, autocast):
     Without this pass, the first step of a resumed run would differ in the last bit from the same step of an
     uninterrupted run.
     """
-    idx = torch.zeros(args.micro_batch_size, args.block_size, dtype=torch.long, device=device)
+    # Views as in load_batch: for tensors with another layout, torch.compile would compile another graph.
+    windows = torch.zeros(args.micro_batch_size, args.block_size + 1, dtype=torch.long, device=device)
     model.train()
     with autocast:
-        _, loss = model(idx, idx)
+        _, loss = model(windows[:, :-1], windows[:, 1:])
     loss.backward()
     raw_model.zero_grad(set_to_none=False)
 
@@ -2161,8 +2171,8 @@ def peak_flops(device, dtype, world_size):
     if device.type != "cuda":
         return None
     gpu_name = torch.cuda.get_device_name(device)
-    # laptop GPUs are slower than the cards of the same name
-    if "Laptop" in gpu_name:
+    # laptop GPUs, "RTX 4090 D" and "RTX 3090 Ti" are other chips than the cards of the same name
+    if re.search(r"\b(Laptop|Ti|D)\b", gpu_name):
         return None
     for name, peak_16_bit, peak_32_bit in PEAK_FLOPS:
         if re.search(rf"\b{name}\b", gpu_name):

@@ -1,22 +1,29 @@
 """
-Compare the throughput of fineweb.py with the usual way to tokenise, and with bare encoding, on the same documents.
+Compare the speed of fineweb.py with other ways to tokenize the same documents.
 
     python benchmarks/bench_fineweb.py --source ../shared/data/books/*.parquet
+    python benchmarks/bench_fineweb.py --source books/*.parquet --before old/fineweb.py
 
-In turns, --rounds times each, all with two processes that are running and warm before the clock starts:
-(a) fineweb.py: read parquet, tokenise, write shards; (b) multiprocessing.Pool.imap over the documents, which are in
-memory, 16 a task, through a Python list, an array, a range check and a conversion, into a shard's buffer and a file;
-(c) two processes that only encode documents they already hold. Prints the medians, and a to b and a to c round by
-round.
+In turns, --rounds times each, with two workers that are running and warm before the clock starts:
+
+(a) fineweb.py: reads parquet, tokenizes in threads, writes and flushes a shard;
+(b) a multiprocessing pool that encodes document by document, as most tokenizing scripts do: the documents
+    are in memory, and each becomes a list, then an array, then a part of a shard;
+(c) two processes that only encode documents that they hold already, and discard the tokens.
+
+With --before, also (d): the whole command `python OLD_FINEWEB.py` and `python fineweb.py` on the same files.
+Prints the medians, and the ratios round by round. Takes about two minutes.
 """
 
 import argparse
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,110 +31,163 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import fineweb  # noqa: E402
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import fineweb  # noqa: E402 (ROOT must be in the path first)
 
+WORKERS = 2
 HEADER = "| what | here | peer | ratio (range) | of the limit |\n|---|---|---|---|---|"
 
 
-def plain_tokenize(text):
-    """(b)'s task: one document's tokens as uint16."""
+# ----------------------------------------------------------------------------- (a) fineweb.py
+def run_fineweb(pool, fast, source, directory, number):
+    """Make one shard of a parquet file, as fineweb.py does. Returns the seconds it takes."""
+    args = SimpleNamespace(workers=WORKERS, text_column="text")
+    settings = {"eot_token": 50256, "source": {"world_size": 1}}
+    started = time.perf_counter()
+    writer = fineweb.ShardWriter(directory, fineweb.State(settings, rank=0), number, number)
+    for batch in fineweb.tokenize_file(pool, fast, source, args.text_column, 0, 4 * WORKERS):
+        writer.add(batch)
+    seconds = time.perf_counter() - started
+    assert writer.state.tokens == number
+    return seconds
+
+
+# ------------------------------------------------------------------------- (b) pool of documents
+def encode_document(text):
+    """Return the tokens of one document as uint16."""
     enc = tiktoken.get_encoding("gpt2")
-    tokens = np.array([enc.eot_token] + enc.encode_ordinary(text))  # noqa: RUF005
-    assert (tokens >= 0).all() and (tokens < 2**16).all(), "token beyond uint16"
+    tokens = [enc.eot_token]
+    tokens.extend(enc.encode_ordinary(text))
+    tokens = np.array(tokens)
+    assert (tokens >= 0).all() and (tokens < 2**16).all(), "token does not fit into uint16"
     return tokens.astype(np.uint16)
 
 
+def run_document_pool(pool, texts, directory, number):
+    """Collect the tokens of all documents in a shard, and save it. Returns the seconds it takes."""
+    started = time.perf_counter()
+    shard = np.empty(number, np.uint16)
+    used = 0
+    for tokens in pool.imap(encode_document, texts, chunksize=16):
+        shard[used : used + len(tokens)] = tokens
+        used += len(tokens)
+    np.save(f"{directory}/documents.npy", shard)
+    seconds = time.perf_counter() - started
+    assert used == number
+    return seconds
+
+
+# --------------------------------------------------------------------------- (c) only encoding
 def only_encode(texts, barrier, seconds):
-    """(c)'s process: encode texts and put the time into seconds."""
+    """Encode texts in this process, and put the time that it takes into a queue."""
     enc = tiktoken.get_encoding("gpt2")
     enc.encode_ordinary(texts[0])
-    for _ in range(2):  # all are ready; the clock starts
-        barrier.wait()
-    began = time.perf_counter()
+    barrier.wait()  # all processes are ready
+    started = time.perf_counter()
     for text in texts:
         enc.encode_ordinary(text)
-    seconds.put(time.perf_counter() - began)
+    seconds.put(time.perf_counter() - started)
+
+
+def run_only_encoding(texts):
+    """Encode texts in two processes. Returns the seconds of the slower one."""
+    context = multiprocessing.get_context("spawn")
+    barrier, seconds = context.Barrier(WORKERS), context.Queue()
+    processes = []
+    for i in range(WORKERS):
+        part = texts[i::WORKERS]
+        processes.append(context.Process(target=only_encode, args=(part, barrier, seconds)))
+    for process in processes:
+        process.start()
+    slowest = max(seconds.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return slowest
+
+
+# ---------------------------------------------------------------------------- (d) whole commands
+def run_command(script, sources):
+    """Run a fineweb.py on parquet files in its own process. Returns the seconds it takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, script, "--source", *sources, "--local_dir", f"{folder}/out"]
+        command += ["--shard_size", "10000000", "--workers", str(WORKERS)]
+        started = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - started
+
+
+# -------------------------------------------------------------------------------- command line
+def read_texts(paths, max_bytes):
+    """Return the first documents of parquet files, up to about max_bytes, and their size."""
+    texts, size = [], 0
+    for path in paths:
+        for batch in pq.ParquetFile(path).iter_batches(100, columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                if text and size < max_bytes:
+                    texts.append(text)
+                    size += len(text.encode())
+    return texts, size
+
+
+def describe_ratios(seconds, other_seconds):
+    """Return "median (smallest to largest)" of the ratios of two lists of times, round by round."""
+    ratios = [other / own for own, other in zip(seconds, other_seconds, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", nargs="+", required=True, help="parquet files with a column text")
+    parser.add_argument("--megabytes", type=int, default=40, help="megabytes of text to use (default: 40)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each way (default: 5)")
+    parser.add_argument("--before", metavar="FILE", help="another fineweb.py to compare whole commands with")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--source", nargs="+", required=True, help="parquet files with a column text")
-    parser.add_argument("--megabytes", type=int, default=40, help="of text to use (40)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each (5)")
-    args = parser.parse_args()
-    texts, size = [], 0
-    for path in args.source:
-        for batch in pq.ParquetFile(path).iter_batches(100, columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                if text and size < args.megabytes * 1e6:
-                    texts.append(text)
-                    size += len(text.encode())
-    print(f"{len(texts):,} documents, {size / 1e6:.1f} MB of text, medians of {args.rounds} rounds, 2 processes")
-    context = multiprocessing.get_context("spawn")
+    args = parse_args()
+    texts, size = read_texts(args.source, args.megabytes * 1e6)
+    print(f"{len(texts):,} documents, {size / 1e6:.1f} MB, medians of {args.rounds} rounds, {WORKERS} workers")
     enc = tiktoken.get_encoding("gpt2")
+    fast = fineweb.without_look_ahead(enc)
     number = sum(1 + len(enc.encode_ordinary(text)) for text in texts)
+    context = multiprocessing.get_context("spawn")
+    times = {"a": [], "b": [], "c": []}
 
     with tempfile.TemporaryDirectory() as folder:
         source = f"{folder}/texts.parquet"
         pq.write_table(pa.table({"text": texts}), source, row_group_size=1000, compression="zstd")
-
-        def pipeline(submit):
-            args = SimpleNamespace(workers=2, tokenizer="gpt2", text_column="text")
-            settings = {"source": {"shard_size": 100_000_000, "world_size": 1}, "shards": [], "eot_token": 50256}
-            counts = ("rank", "file", "row", "skip", "tokens", "partial", "documents", "bytes", "skipped")
-            state, directory = settings | dict.fromkeys(counts, 0), tempfile.mkdtemp(dir=folder)
-            began = time.perf_counter()
-            for _, *found in fineweb.tokenize_file(submit, args, source, 0):
-                fineweb.add(directory, state, sys.maxsize, *found)
-            fineweb.finish_shard(directory, state)
-            assert state["tokens"] == number
-            return time.perf_counter() - began
-
-        def usual(pool):
-            began = time.perf_counter()
-            shard, used = np.empty(number, np.uint16), 0
-            for tokens in pool.imap(plain_tokenize, texts, chunksize=16):
-                shard[used : used + len(tokens)] = tokens
-                used += len(tokens)
-            np.save(f"{folder}/usual.npy", shard)
-            assert used == number
-            return time.perf_counter() - began
-
-        def bare():
-            barrier, seconds = context.Barrier(3), context.Queue()
-            parts = [texts[0::2], texts[1::2]]
-            processes = [context.Process(target=only_encode, args=(part, barrier, seconds)) for part in parts]
-            for process in processes:
-                process.start()
-            for _ in range(2):
-                barrier.wait()
-            result = max(seconds.get() for _ in processes)
-            for process in processes:
-                process.join()
-            return result
-
-        with fineweb.start_workers(2) as ours, context.Pool(2) as theirs:
-            for future in [ours(fineweb.tokenize, "gpt2", pa.array(texts[:100])) for _ in range(8)]:
-                future.result()
-            theirs.map(plain_tokenize, texts[:200], chunksize=1)
-            times = {"a": [], "b": [], "c": []}
+        with ThreadPoolExecutor(WORKERS) as threads, context.Pool(WORKERS) as processes:
+            # warm up: start the threads and processes, and load the vocabulary in each
+            list(threads.map(lambda text: fineweb.tokenize(fast, pa.array([text])), texts[:50]))
+            processes.map(encode_document, texts[:200], chunksize=1)
             for _ in range(args.rounds):
-                times["a"].append(pipeline(ours))
-                times["b"].append(usual(theirs))
-                times["c"].append(bare())
-    speed = {name: size / 1e6 / statistics.median(seconds) for name, seconds in times.items()}
-    names = {"a": "fineweb.py", "b": "Pool.imap and lists", "c": "only encoding"}
-    for name, label in names.items():
-        each = " ".join(f"{size / 1e6 / seconds:.2f}" for seconds in times[name])
-        print(f"({name}) {label:20} {speed[name]:6.2f} MB/s   {number * speed[name] / size:5.2f}M tok/s   ({each})")
-    ratio = {}
-    for name in "bc":
-        each = [b / a for a, b in zip(times["a"], times[name], strict=True)]
-        ratio[name] = f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
-    here = f"{speed['a']:.1f} MB/s, {number * speed['a'] / size:.2f}M tokens/s"
-    peer, limit = f"Pool.imap {speed['b']:.1f} MB/s", f"{ratio['c']} of bare encoding"
-    print(f"\n{HEADER}\n| tokenising, 2 processes | {here} | {peer} | {ratio['b']} | {limit} |")
+                times["a"].append(run_fineweb(threads, fast, source, folder, number))
+                times["b"].append(run_document_pool(processes, texts, folder, number))
+                times["c"].append(run_only_encoding(texts))
+
+    names = {"a": "fineweb.py", "b": "pool of documents", "c": "only encoding"}
+    speeds = {}  # megabytes per second
+    for key, name in names.items():
+        speeds[key] = size / 1e6 / statistics.median(times[key])
+        rounds = " ".join(f"{size / 1e6 / seconds:.2f}" for seconds in times[key])
+        tokens_per_second = number * speeds[key] / size  # in millions
+        print(f"({key}) {name:20} {speeds[key]:6.2f} MB/s   {tokens_per_second:5.2f}M tok/s   ({rounds})")
+
+    if args.before:
+        before, now = [], []
+        for _ in range(args.rounds):
+            before.append(run_command(args.before, args.source))
+            now.append(run_command(f"{ROOT}/fineweb.py", args.source))
+        print(f"(d) whole commands: {statistics.median(now):.1f} s, before {statistics.median(before):.1f} s, ", end="")
+        print(f"ratio {describe_ratios(now, before)}")
+
+    here = f"{speeds['a']:.1f} MB/s, {number * speeds['a'] / size:.2f}M tokens/s"
+    peer = f"pool of documents {speeds['b']:.1f} MB/s"
+    ratio = describe_ratios(times["a"], times["b"])
+    limit = f"{describe_ratios(times['a'], times['c'])} of bare encoding"
+    print(f"\n{HEADER}\n| tokenizing, {WORKERS} workers | {here} | {peer} | {ratio} | {limit} |")
 
 
 if __name__ == "__main__":

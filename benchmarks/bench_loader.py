@@ -1,80 +1,80 @@
 """
-The loader of train_gpt2.py over 100,000 steps: its resident memory and its time a batch.
+Measure train_gpt2.py's data loader: time per batch, and resident memory over many steps.
 
     python benchmarks/bench_loader.py                              # synthetic shards; about two minutes
-    python benchmarks/bench_loader.py --data_dir edu_fineweb10B    # real ones
-    python benchmarks/bench_loader.py --files 100000               # start-up with many files of holes, too
+    python benchmarks/bench_loader.py --data_dir edu_fineweb10B    # real shards
+    python benchmarks/bench_loader.py --num_shards 100000 --steps 0   # start-up with many sparse shards
 
-Memory is shown in two parts: the process's own, and the pages of shards that the system maps for it and takes
-back when it needs them.
+Resident memory is shown in two parts: the process's own, and the mapped pages of shards, which the system takes
+back when it needs them. Linux only.
 """
 
 import argparse
-import os
 import re
-import sys
 import tempfile
 import time
 
+import common  # noqa: F401, makes the scripts importable
 import numpy as np
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import train_gpt2  # noqa: E402
+import train_gpt2
 
 
-def resident():
-    """MB of this process in memory: (its own, mapped from files)."""
+def resident_memory():
+    """Return (own, mapped) resident memory of this process in MB."""
     with open("/proc/self/status", encoding="utf-8") as file:
-        text = file.read()
-    return tuple(int(re.search(rf"{name}:\s+(\d+)", text)[1]) / 1024 for name in ("RssAnon", "RssFile"))
+        status = file.read()
+    own = int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024
+    mapped = int(re.search(r"RssFile:\s+(\d+)", status)[1]) / 1024
+    return own, mapped
 
 
-def make_shards(directory, n, tokens):
-    """n training shards and one for validation, each of so many tokens, all holes (id 0), in llm.c's format."""
+def make_sparse_shards(directory, num_shards, tokens):
+    """Write training shards and one validation shard in llm.c's format. Their tokens are holes, which read as 0."""
     header = np.zeros(256, dtype="<i4")
-    header[:3] = train_gpt2.BIN_MAGIC, train_gpt2.BIN_VERSION, tokens
-    for i in range(n + 1):
-        with open(f"{directory}/holes_{'train' if i else 'val'}_{i:06d}.bin", "wb") as file:
+    header[:3] = 20240520, 1, tokens
+    for i in range(num_shards + 1):
+        split = "train" if i else "val"
+        with open(f"{directory}/sparse_{split}_{i:06d}.bin", "wb") as file:
             file.write(header.tobytes())
-            file.truncate(train_gpt2.BIN_HEADER + 2 * tokens)
+            file.truncate(header.nbytes + 2 * tokens)
 
 
-def start(data_dir, block_size):
-    """The training windows of a data set; prints how long they take to open and what they cost."""
-    before, begin = resident()[0], time.perf_counter()
-    windows = train_gpt2.Windows(data_dir, "train", train_gpt2.read_meta(data_dir), block_size, 1337, True)
-    windows.locate(0)
-    seconds, grown = time.perf_counter() - begin, resident()[0] - before
-    print(f"start: {len(windows.paths):,} shards, {windows.total:,} windows in {seconds:.2f} s, +{grown:.1f} MB own")
-    return windows
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--data_dir", help="directory of token shards (default: synthetic ones)")
+    add("--num_shards", type=int, default=20, help="number of synthetic shards (default: 20)")
+    add("--steps", type=int, default=100_000, help="batches to read (default: 100000)")
+    add("--batch_size", type=int, default=16, help="windows per batch (default: 16)")
+    add("--block_size", type=int, default=1024, help="tokens per window (default: 1024)")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data_dir", help="directory of token shards (synthetic ones)")
-    parser.add_argument("--steps", type=int, default=100_000, help="batches to read (100,000)")
-    parser.add_argument("--batch_size", type=int, default=16, help="windows a batch (16)")
-    parser.add_argument("--block_size", type=int, default=1024, help="tokens a window (1024)")
-    parser.add_argument("--files", type=int, default=0, help="files of holes to time the start-up on (0: do not)")
-    args = parser.parse_args()
+    args = parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        if args.files:
-            os.mkdir(f"{directory}/many")
-            make_shards(f"{directory}/many", args.files, 4096)
-            start(f"{directory}/many", args.block_size)
+        data_dir = args.data_dir or directory
         if args.data_dir is None:
-            os.mkdir(f"{directory}/data")
-            make_shards(f"{directory}/data", 20, 10_000_000)
-        windows = start(args.data_dir or f"{directory}/data", args.block_size)
-        begin, points = time.perf_counter(), [args.steps * i // 10 for i in range(1, 11)]
+            make_sparse_shards(directory, args.num_shards, max(4096, 200_000_000 // args.num_shards))
+
+        # start-up: check the shards, and find the first window
+        start = time.perf_counter()
+        data_set = train_gpt2.read_data_set(data_dir)
+        dataset = train_gpt2.TokenDataset(data_dir, "train", data_set, args.block_size, 1337, True)
+        dataset.locate(0)
+        seconds = time.perf_counter() - start
+        print(f"start-up: {len(dataset.paths):,} shards, {dataset.num_windows:,} windows in {seconds:.2f} s")
+
+        # read the batches, and report ten times
+        points = [100, *(args.steps * i // 10 for i in range(1, 11))]
+        start = time.perf_counter()
         for step in range(args.steps):
-            windows.batch(range(step * args.batch_size, (step + 1) * args.batch_size))
-            if step + 1 in (100, *points):
-                own, mapped = resident()
-                each = 1e6 * (time.perf_counter() - begin) / (step + 1)
-                print(
-                    f"step {step + 1:7,d}: {own:.1f} MB own, {mapped:.1f} MB mapped, {each:.0f} us a batch", flush=True
-                )
+            dataset.batch(range(step * args.batch_size, (step + 1) * args.batch_size))
+            if step + 1 in points:
+                own, mapped = resident_memory()
+                microseconds = 1e6 * (time.perf_counter() - start) / (step + 1)
+                print(f"step {step + 1:7,d}: {own:.1f} MB own, {mapped:.1f} MB mapped, {microseconds:.0f} us per batch")
 
 
 if __name__ == "__main__":

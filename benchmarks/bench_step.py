@@ -1,233 +1,215 @@
 """
-train_gpt2.py's training step of GPT-2 124M beside transformers' GPT2LMHeadModel, and what each trick adds.
+Compare a training step of train_gpt2.py's GPT-2 124M with transformers' GPT2LMHeadModel.
 
-    python benchmarks/bench_step.py                                    # two CPU cores: B=4, T=256, float32; 3 minutes
-    python benchmarks/bench_step.py --only "ours, AdamW not fused"     # a trick turned off
-    python benchmarks/bench_step.py --device cuda --micro_batch_size 64 --block_size 1024 --dtype bfloat16
+    python benchmarks/bench_step.py                            # two CPU cores: B=4, T=256, float32; 3 minutes
+    python benchmarks/bench_step.py --dtype bfloat16           # the same under bfloat16 autocast
+    python benchmarks/bench_step.py --only "ours" "ours, float32"
+    python benchmarks/bench_step.py --device cuda --dtype bfloat16 --micro_batch_size 32 --block_size 1024
 
-A whole step: forward and backward of each micro-batch, clipping at 1, AdamW; transformers computes its own loss.
-Each contestant is a process of its own; they take their steps in turn, so that a machine that slows down slows all
-of them. The peer of one with a trick turned off is ours with all tricks. Prints for each the median tokens/s, the
-ratio to its peer's round by round, the share of the matmul speed measured between the rounds (6 N + 12 n_layer
-n_embd T FLOPs a token), peak memory, and the seconds before its first step was done, each beside the peer's. A
-contestant that fails, or that memory is too small for, is a row that says so.
+A step is forward and backward of each micro-batch, clipping, and fused AdamW, on random tokens. transformers computes
+its own loss. The contestants take turns in one process, so that a machine that slows down slows all of them. Prints
+tokens/s, the ratio to the peer round by round, the fraction of the matmul speed measured between the rounds (6 N + 12
+n_layer n_embd T FLOPs per token), and on a GPU the peak memory. The variants behind a comma change one thing: "float32"
+computes without autocast, "plain loss" computes the loss of all rows at once, "plain attention" stores all scores,
+"bfloat16 residual" keeps the residual stream in bfloat16.
 """
 
 import argparse
+import gc
 import math
-import multiprocessing
-import os
-import resource
 import statistics
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from common import HEADER, failed_row, machine_name, matmul_peak, row, synchronize
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import train_gpt2  # noqa: E402
+import train_gpt2
 
-HEADER = "| what | here | peer | ratio (range) | of the limit |\n|---|---|---|---|---|"
-TRICKS = ("AdamW not fused", "vocabulary not padded", "attention by hand", "loss in chunks", "no TF32")
-TRICKS += ("memory given back",)  # by the C library: it and its opposite concern CPUs alone
-PEERS = {  # of each contestant
-    "transformers": [],
-    "transformers compiled": ["transformers"],
-    "transformers, memory kept": ["transformers"],
-    "ours": ["transformers"],
-    "ours compiled": ["transformers", "transformers compiled"],
-} | {f"{ours}, {trick}": [ours] for ours in ("ours", "ours compiled") for trick in TRICKS}
+PEERS = {  # what each contestant is compared with
+    "transformers": None,
+    "transformers compiled": "transformers",
+    "ours": "transformers",
+    "ours compiled": "transformers compiled",
+    "ours, float32": "ours",
+    "ours, plain loss": "ours",
+    "ours, plain attention": "ours",
+    "ours, bfloat16 residual": "ours",
+    "ours compiled, bfloat16 residual": "ours compiled",
+}
 
 
-def attention_by_hand(q, k, v, dropout_p, is_causal):
-    """What F.scaled_dot_product_attention computes for train_gpt2.py, with all scores in memory."""
-    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)  # (T, T)
-    scores = (q @ k.mT * q.shape[3] ** -0.5).masked_fill(future, -math.inf)  # (B, nh, T, T)
+def plain_cross_entropy(logits, targets):
+    """Compute the loss of all rows at once."""
+    return F.cross_entropy(logits.float(), targets)
+
+
+def plain_attention(q, k, v, dropout_p, is_causal):
+    """Compute F.scaled_dot_product_attention with all scores in memory."""
+    T, hs = q.shape[2:]
+    is_future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.mT / math.sqrt(hs)).masked_fill(is_future, -math.inf)  # (B, nh, T, T)
     return scores.softmax(dim=-1) @ v
 
 
-def forward_in_chunks(model, idx, targets):
-    """train_gpt2.GPT.forward with the head and its loss a part at a time, by torch's own function."""
-    x = model.wte(idx) + model.wpe.weight[: idx.shape[1]]
-    for block in model.h:
-        x = block(x)
-    x, options = model.ln_f(x).flatten(0, 1), torch.nn.LinearCrossEntropyOptions()
-    head = dict(linear_bias=model.head_bias, options=options)
-    return None, F.linear_cross_entropy(x, model.wte.weight, targets.flatten(), **head)
+class ToBFloat16(torch.nn.Module):
+    """Convert the embeddings to bfloat16, so that the residual stream stays in bfloat16."""
+
+    def forward(self, x):
+        return x.bfloat16()
 
 
-def config_of(args):
-    """The shape of all contestants."""
-    shape = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-    return train_gpt2.GPTConfig(block_size=args.block_size, **shape)
+class Contestant:
+    """A model with its optimizer, and one way to compute its step."""
 
+    def __init__(self, name, args):
+        self.name = name
+        self.args = args
+        kind, _, self.variant = name.partition(", ")
+        dtype = getattr(torch, "float32" if self.variant == "float32" else args.dtype)
+        self.autocast = torch.autocast(args.device, dtype) if dtype != torch.float32 else nullcontext()
+        torch.manual_seed(0)
+        self.tokens = torch.randint(50257, (args.micro_batch_size, args.block_size + 1), device=args.device)
+        self.is_ours = kind.startswith("ours")
+        self.model = self.make_ours() if self.is_ours else self.make_theirs()
+        self.model.to(args.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+        self.run = torch.compile(self.model) if kind.endswith("compiled") else self.model
 
-def make_step(name, args):
-    """(step, park): one trains the model a step and waits for it, the other moves it to a device between steps."""
-    kind, _, trick = name.partition(", ")
-    torch.manual_seed(0)
-    keeps = trick == "memory kept" or kind.startswith("ours") and trick != "memory given back"
-    if keeps and args.device == "cpu":
-        train_gpt2.keep_freed_memory()
-    torch.set_float32_matmul_precision("highest" if trick == "no TF32" else "high")
-    config, device, dtype = config_of(args), args.device, getattr(torch, args.dtype)
-    autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
-    idx = torch.randint(config.vocab_size, (args.micro_batch_size, args.block_size + 1))
-    x, y = idx[:, :-1], idx[:, 1:]
-    if args.data_dir:
-        meta = train_gpt2.read_meta(args.data_dir)
-        windows = train_gpt2.Windows(args.data_dir, "train", meta, args.block_size, 1337, True)
-        x, y = windows.batch(range(args.micro_batch_size))
-    x, y = x.to(device), y.to(device)
-    if kind.startswith("transformers"):
-        import transformers
+    def make_ours(self):
+        shape = {name: getattr(self.args, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+        model = train_gpt2.GPT(train_gpt2.GPTConfig(**shape))
+        if self.variant == "bfloat16 residual":
+            model.drop = ToBFloat16()
+        return model
 
-        shape = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, n_positions=args.block_size)
-        theirs = transformers.GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        model = transformers.GPT2LMHeadModel(theirs).to(device)
+    def make_theirs(self):
+        import transformers  # imported here because it is slow
 
-        def loss_of(model):
-            return model(x, labels=x).loss  # it shifts the labels itself
-    else:
-        model = train_gpt2.GPT(config)
-        if trick == "vocabulary not padded":
-            model.wte = torch.nn.Embedding.from_pretrained(model.wte.weight[: config.vocab_size].detach(), freeze=False)
-            model.head_bias = model.head_bias[: config.vocab_size]
-        elif trick == "attention by hand":
-            F.scaled_dot_product_attention = attention_by_hand
-        elif trick == "loss in chunks":
-            train_gpt2.GPT.forward = forward_in_chunks
-        model.to(device)
+        args = self.args
+        config = transformers.GPT2Config(
+            n_layer=args.n_layer,
+            n_head=args.n_head,
+            n_embd=args.n_embd,
+            n_positions=args.block_size,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        return transformers.GPT2LMHeadModel(config)
 
-        def loss_of(model):
-            return model(x, y)[1]
+    def loss(self):
+        """Compute the loss of a micro-batch."""
+        x, y = self.tokens[:, :-1], self.tokens[:, 1:]
+        if self.is_ours:
+            return self.run(x, y)[1]
+        return self.run(x, labels=x).loss  # it shifts the labels itself
 
-    fused = trick != "AdamW not fused"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
-    run = torch.compile(model) if kind.endswith("compiled") else model
-
-    def step(micro_steps):
-        for _ in range(micro_steps):
-            with autocast:
-                loss = loss_of(run) / micro_steps
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()  # waits for the device
-
-    def park(device):
-        for p in model.parameters():
-            p.data = p.data.to(device)
-        for state in optimizer.state.values():
-            state.update({key: value.to(device) for key, value in state.items() if value.dim()})
-        torch.cuda.empty_cache()
-
-    return step, park
-
-
-def compete(pipe, name, args):
-    """A contestant's process: a step for every message; answers (seconds, peak memory in bytes, what went wrong)."""
-    try:
+    def step(self):
+        """Make an optimizer step. Returns the seconds it took."""
+        originals = train_gpt2.cross_entropy, F.scaled_dot_product_attention
+        if self.variant == "plain loss":
+            train_gpt2.cross_entropy = plain_cross_entropy
+        if self.variant == "plain attention":
+            F.scaled_dot_product_attention = plain_attention
         start = time.perf_counter()
-        step, park = make_step(name, args)
-        step(args.grad_accum_steps)
-        while True:
-            seconds = time.perf_counter() - start
-            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            park("cpu")  # what waits leaves a GPU's memory to the others
-            pipe.send((seconds, torch.cuda.max_memory_allocated() if args.device == "cuda" else resident, None))
-            if not pipe.recv():
-                break
-            park(args.device)
-            if args.device == "cuda":
-                step(1)  # gets its memory again
-            start = time.perf_counter()
-            step(args.grad_accum_steps)
-    except Exception as error:  # whatever it is, the others go on
-        pipe.send((0, 0, f"{type(error).__name__}: {error}".splitlines()[0].replace("|", "/")))
+        for _ in range(self.args.grad_accum_steps):
+            with self.autocast:
+                loss = self.loss() / self.args.grad_accum_steps
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        synchronize(self.args.device)
+        seconds = time.perf_counter() - start
+        train_gpt2.cross_entropy, F.scaled_dot_product_attention = originals
+        self.last_loss = loss.item()
+        return seconds
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--n_layer", type=int, default=12, help="number of blocks (default: 12)")
+    add("--n_head", type=int, default=12, help="attention heads per block (default: 12)")
+    add("--n_embd", type=int, default=768, help="channels (default: 768)")
+    add("--micro_batch_size", type=int, default=4, help="sequences per forward pass (default: 4)")
+    add("--block_size", type=int, default=256, help="tokens per sequence (default: 256)")
+    add("--grad_accum_steps", type=int, default=1, help="micro-batches per step (default: 1)")
+    add("--steps", type=int, default=7, help="timed steps per contestant (default: 7)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="device (default: cpu)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="autocast (default: float32)")
+    usual = ["ours", "ours compiled"]
+    add("--only", nargs="+", choices=list(PEERS), default=usual, metavar="CONTESTANT", help=f"(default: {usual})")
+    return parser.parse_args()
+
+
+def prepare(names, args):
+    """Return ({name: contestant after its first step}, {name: seconds of it}, {name: reason of a failure})."""
+    contestants, first, failed = {}, {}, {}
+    for name in names:
+        print(f"preparing {name}", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        try:
+            contestant = Contestant(name, args)
+            contestant.step()
+        except Exception as error:  # whatever it is, the others can still be measured
+            failed[name] = f"{type(error).__name__}: {error}"
+            gc.collect()
+            continue
+        contestants[name] = contestant
+        first[name] = time.perf_counter() - start
+    return contestants, first, failed
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in (("n_layer", 12), ("n_head", 12), ("n_embd", 768)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"of the model ({default})")
-    parser.add_argument("--micro_batch_size", type=int, default=4, help="sequences at a time (4)")
-    parser.add_argument("--block_size", type=int, default=256, help="tokens a sequence (256)")
-    parser.add_argument("--grad_accum_steps", type=int, default=1, help="micro-batches a step (1)")
-    parser.add_argument("--steps", type=int, default=7, help="timed steps of each (7)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(cpu)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of matmuls (float32)")
-    parser.add_argument("--data_dir", help="directory of token shards to train on (random tokens)")
-    only = "these and their first peers (on a CPU ours and ours compiled, on a GPU all that the dtype has)"
-    parser.add_argument("--only", nargs="+", choices=list(PEERS), metavar="CONTESTANT", help=only)
-    args = parser.parse_args()
-    skipped = ["memory", *(["no TF32"] if args.dtype == "bfloat16" else [])]  # TF32 concerns float32 alone
-    usual = [name for name in PEERS if not any(trick in name for trick in skipped)]
-    usual = usual if args.device == "cuda" else ["ours", "ours compiled"]
-    chosen = args.only or usual
-    names = [name for name in PEERS if name in chosen or any(name in PEERS[other][:1] for other in chosen)]
-    context, processes, pipes, first, memory, failed = multiprocessing.get_context("spawn"), {}, {}, {}, {}, {}
+    args = parse_args()
+    torch.set_float32_matmul_precision("high")
+    wanted = {*args.only, *(PEERS[name] for name in args.only)}
+    names = [name for name in PEERS if name in wanted]
+    contestants, first, failed = prepare(names, args)
 
-    def answer(name):
-        """The seconds that a contestant says it took, beside its memory, or why it failed."""
-        try:
-            taken, memory[name], why = pipes[name].recv()
-        except (EOFError, OSError):
-            taken, why = 0, "its process was killed"
-        if why:
-            failed[name] = why
-            processes[name].join()  # its memory is free for the next one
-        return taken
-
-    for name in names:  # one after the other: they compile and warm up alone
-        print(f"starting {name}", file=sys.stderr, flush=True)
-        pipes[name], theirs = context.Pipe()
-        processes[name] = context.Process(target=compete, args=(theirs, name, args), daemon=True)
-        processes[name].start()
-        theirs.close()
-        first[name] = answer(name)
-
-    torch.set_float32_matmul_precision("high")  # as the contestants have it
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    peaks, seconds = [], {name: [] for name in names}
+    # the contestants take turns, and the matmul peak is measured before each round
+    seconds = {name: [] for name in contestants}
+    peaks = []
     for _ in range(args.steps):
-        peaks.append(train_gpt2.matmul_peak(device, dtype))
-        torch.cuda.empty_cache()
-        for name in [name for name in names if name not in failed]:
-            with suppress(OSError):  # where it was killed meanwhile
-                pipes[name].send(True)
-            seconds[name].append(answer(name))
-    for name in set(names) - set(failed):
-        pipes[name].send(False)
+        peaks.append(matmul_peak(args.device, getattr(torch, args.dtype)))
+        for name, contestant in contestants.items():
+            seconds[name].append(contestant.step())
 
+    # print a row for each contestant and its peer
     tokens = args.grad_accum_steps * args.micro_batch_size * args.block_size
+    config = train_gpt2.GPTConfig(
+        n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.block_size
+    )
     with torch.device("meta"):
-        N = train_gpt2.GPT(config_of(args)).num_params
-    flops = 6 * N + 12 * args.n_layer * args.n_embd * args.block_size  # a token
-    what = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__}, {what}, medians of {args.steps} steps of {tokens:,} tokens")
-    print(f"matmul peak {statistics.median(peaks) / 1e12:.3g} TFLOP/s\n\n{HEADER}")
-    speed = {name: f"{tokens / statistics.median(seconds[name]):,.0f} tokens/s" for name in names if name not in failed}
-    shares = {name: [tokens * flops / s / p for s, p in zip(seconds[name], peaks, strict=True)] for name in speed}
-    share = {name: f"{statistics.median(each):.0%}" for name, each in shares.items()}
-    sizes = f"{N / 1e6:.0f}M, B={args.micro_batch_size}, T={args.block_size}, {args.dtype}"
+        num_params = train_gpt2.GPT(config).num_params
+    flops = 6 * num_params + 12 * args.n_layer * args.n_embd * args.block_size  # per token
+    peak = statistics.median(peaks)
+    print(f"torch {torch.__version__}, {machine_name(args.device)}, {time.strftime('%Y-%m-%d')}")
+    print(f"medians of {args.steps} steps of {tokens:,} tokens, matmul peak {peak / 1e12:.3g} TFLOP/s\n\n{HEADER}")
+    speed, fraction = {}, {}
+    for name, each in seconds.items():
+        speed[name] = tokens / statistics.median(each)
+        fraction[name] = speed[name] * flops / peak
+    size = f"{num_params / 1e6:.0f}M, B={args.micro_batch_size}, T={args.block_size}, {args.dtype}"
     for name in names:
-        label = f"training step, {sizes}: {name}"
+        task = f"training step, {size}: {name}"
+        peer = PEERS[name]
         if name in failed:
-            print(f"| {label} | failed: {failed[name]} | | | |")
-            continue
-        for peer in [peer for peer in PEERS[name] if peer in speed]:
+            print(failed_row(task, failed[name]))
+        elif peer in speed:
             ratios = [b / a for a, b in zip(seconds[name], seconds[peer], strict=True)]
-            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            limit = f"{share[name]} of the matmul peak beside {share[peer]}, {memory[name] / 1e9:.2f} GB beside "
-            limit += f"{memory[peer] / 1e9:.2f}, first step after {first[name]:.0f} s beside {first[peer]:.0f}"
-            print(f"| {label} | {speed[name]} | {peer} {speed[peer]} | {ratio} | {limit} |")
-        if PEERS[name] and not any(peer in speed for peer in PEERS[name]):
-            limit = f"{share[name]} of the matmul peak, {memory[name] / 1e9:.2f} GB"
-            print(f"| {label} | {speed[name]} | none: {PEERS[name][0]} failed | | {limit} |")
+            limit = (
+                f"{fraction[name]:.0%} of the matmul peak (peer {fraction[peer]:.0%}), first step {first[name]:.0f} s"
+            )
+            print(row(task, f"{speed[name]:,.0f} tokens/s", f"{peer}: {speed[peer]:,.0f} tokens/s", ratios, limit))
+        elif peer is not None:
+            print(row(task, f"{speed[name]:,.0f} tokens/s", f"none: {peer} failed", [1.0], f"{fraction[name]:.0%}"))
 
 
 if __name__ == "__main__":

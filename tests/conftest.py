@@ -134,6 +134,36 @@ def torchrun(n, script, *args, cwd=None):
     return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=100)
 
 
+class SingleProcessDDP:
+    """DistributedDataParallel without other processes: it calls the model."""
+
+    def __init__(self, model, **options):
+        self.model = model
+        self.train = model.train
+        self.no_sync = contextlib.nullcontext
+
+    def __call__(self, *args):
+        return self.model(*args)
+
+
+def pretend_to_be_a_rank(monkeypatch, module, rank, world_size):
+    """Let main() of a loaded train_gpt2.py run as one of several ranks without the others.
+
+    Collectives do nothing, so the weights mean nothing, but the data and the random numbers are those of the rank.
+    """
+
+    def do_nothing(*args, **options):
+        pass
+
+    monkeypatch.setattr(module, "DDP", SingleProcessDDP)
+    for name in ("init_process_group", "all_reduce", "broadcast_object_list", "destroy_process_group"):
+        monkeypatch.setattr(module.dist, name, do_nothing)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world_size)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+
+
 def read_log(log_dir):
     """log.txt as {(step, kind): value as text}; fails at a figure that stands there twice."""
     log = {}

@@ -1,0 +1,60 @@
+"""What the benchmarks share: their table, the machine's name, and the speed of its matmuls."""
+
+import os
+import statistics
+import sys
+import time
+
+import torch
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)  # so that benchmarks can import the scripts
+
+HEADER = "| task | ours | peer | ratio (range) | fraction of the limit |\n|---|---|---|---|---|"
+
+
+def row(task, ours, peer, ratios, limit):
+    """Return a row of the table. ratios are those of the single rounds; their median is shown first."""
+    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return f"| {task} | {ours} | {peer} | {ratio} | {limit} |"
+
+
+def failed_row(task, reason):
+    """Return a row of the table for something that could not be measured."""
+    reason = " ".join(str(reason).split()).replace("|", "/")
+    return f"| {task} | failed: {reason[:200]} | | | |"
+
+
+def machine_name(device):
+    """Return the name of the GPU, or that of the CPU with the number of threads and its fast bfloat16 units."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = "CPU"
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        name = names[0] if names else name
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    units = [unit for unit in ("amx_bf16", "avx512_bf16") if capabilities.get(unit)]
+    return f"{name} ({', '.join(units) or 'no bfloat16 units'}), {torch.get_num_threads()} threads"
+
+
+def synchronize(device):
+    """Wait until a GPU has finished everything."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_peak(device, dtype):
+    """Return the FLOP/s of a large square matmul, the best of half a second of repeated measurements."""
+    n = 8192 if device == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = 0.0
+    end = time.perf_counter() + 0.5
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,207 @@
+"""train_gpt2.py's whole recipe, compared with a plain training loop around transformers' GPT2LMHeadModel."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import ROOT, call, load, losses, pretend_to_be_a_rank, read_log, tiny_flags, weights_file, write_data_set
+from safetensors.torch import load_file
+
+BLOCK_SIZE = 16
+WINDOWS_PER_STEP = 8
+MICRO_BATCH_SIZE = 4
+MAX_STEPS = 45
+WARMUP_STEPS = 7
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 0.1
+GRAD_CLIP = 1.5
+VAL_WINDOWS = 25  # not a multiple of the micro-batch
+EVAL_INTERVAL = 10
+FLAGS = tiny_flags(
+    n_layer=None,
+    n_head=None,
+    n_embd=None,
+    block_size=BLOCK_SIZE,
+    total_batch_size=WINDOWS_PER_STEP * BLOCK_SIZE,
+    micro_batch_size=MICRO_BATCH_SIZE,
+    max_steps=MAX_STEPS,
+    warmup_steps=WARMUP_STEPS,
+    learning_rate=LEARNING_RATE,
+    grad_clip=GRAD_CLIP,
+    eval_interval=EVAL_INTERVAL,
+    val_tokens=VAL_WINDOWS * BLOCK_SIZE + 5,
+    max_new_tokens=1,
+    dtype="float32",
+)
+
+
+def text_shards(directory):
+    """A data set of English bytes. Step 25 takes its windows from both training shards, step 39 from two epochs."""
+    tokens = np.frombuffer((ROOT / "input.txt").read_bytes(), dtype=np.uint8)
+    train = [tokens[: 203 * BLOCK_SIZE + 9], tokens[5000 : 5000 + 110 * BLOCK_SIZE + 1]]
+    val = [tokens[-40 * BLOCK_SIZE :]]
+    return write_data_set(directory, train, val)
+
+
+def cut_windows(path):
+    """Return the windows of a shard in file order, an int64 tensor (N, BLOCK_SIZE + 1)."""
+    tokens = torch.from_numpy(np.load(path).astype(np.int64))
+    starts = range(0, len(tokens) - BLOCK_SIZE, BLOCK_SIZE)
+    return torch.stack([tokens[i : i + BLOCK_SIZE + 1] for i in starts])
+
+
+def loss_of(model, windows):
+    """Return the mean loss of transformers' model on windows (B, BLOCK_SIZE + 1)."""
+    logits = model(windows[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def cosine_learning_rate(step):
+    """Linear warmup, then half a cosine from the peak to a tenth of it."""
+    if step < WARMUP_STEPS:
+        return LEARNING_RATE * (step + 1) / WARMUP_STEPS
+    angle = math.pi * (step - WARMUP_STEPS) / (MAX_STEPS - WARMUP_STEPS)
+    return LEARNING_RATE * (0.1 + 0.9 * (1 + math.cos(angle)) / 2)
+
+
+def train_reference(model, directory):
+    """Train transformers' model with a plain loop. Returns {(step, kind): value}, the metrics of log.txt."""
+    train = torch.cat([cut_windows(path) for path in sorted(directory.glob("*_train_*"))])
+    val = torch.cat([cut_windows(path) for path in sorted(directory.glob("*_val_*"))])[:VAL_WINDOWS]
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    metrics = {}
+    for step in range(MAX_STEPS + 1):
+        if step % EVAL_INTERVAL == 0 or step == MAX_STEPS:
+            with torch.no_grad():
+                metrics[step, "val"] = np.mean([loss_of(model, val[i : i + 1]).item() for i in range(VAL_WINDOWS)])
+        if step == MAX_STEPS:
+            return metrics
+        # accumulate the gradients of the micro-batches
+        optimizer.zero_grad()
+        num_micro_batches = WINDOWS_PER_STEP // MICRO_BATCH_SIZE
+        total = 0.0
+        for i in range(num_micro_batches):
+            first = step * WINDOWS_PER_STEP + i * MICRO_BATCH_SIZE
+            indices = torch.arange(first, first + MICRO_BATCH_SIZE) % len(train)
+            loss = loss_of(model, train[indices]) / num_micro_batches
+            loss.backward()
+            total += loss.item()
+        # clip the norm of all gradients together
+        norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in model.parameters()))
+        for parameter in model.parameters():
+            parameter.grad *= min(1.0, GRAD_CLIP / (norm + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_learning_rate(step)
+        optimizer.step()
+        metrics[step, "train"] = total
+        metrics[step, "lr"] = cosine_learning_rate(step)
+        metrics[step, "norm"] = norm
+
+
+def random_reference(directory):
+    """Save a GPT2LMHeadModel with fresh GPT-2 weights in directory, and return it."""
+    config = transformers.GPT2Config(
+        vocab_size=257, n_positions=BLOCK_SIZE, n_layer=2, n_head=2, n_embd=32, attn_implementation="eager"
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()  # no dropout
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.fixture(scope="module")
+def both_runs(tmp_path_factory):
+    """Train both from the same initial weights. Returns (log_dir, metrics and model of the plain loop)."""
+    folder = tmp_path_factory.mktemp("recipe")
+    directory = text_shards(folder / "data")
+    torch.manual_seed(0)
+    model = random_reference(folder / "initial")
+    flags = [*FLAGS, "--no-shuffle", "--init_from", folder / "initial"]
+    done = call("train_gpt2", *flags, "--data_dir", directory, "--log_dir", folder / "log")
+    assert done.returncode == 0, done.stderr
+    return folder / "log", train_reference(model, directory), model
+
+
+def test_every_logged_value_equals_that_of_a_plain_loop_around_transformers(both_runs):
+    """45 steps in file order from equal weights, over the end of a shard and the end of an epoch."""
+    log_dir, expected, _ = both_runs
+    actual = {key: float(value) for key, value in read_log(log_dir).items() if key[1] != "tok/s"}
+    assert actual.keys() == expected.keys()
+    for (step, kind), value in expected.items():
+        if kind == "lr":
+            tolerance = 0.5e-4 * value + 1e-8  # log.txt has five significant digits
+        elif kind == "train":
+            tolerance = 0.5e-6 + 1e-5  # six decimals
+        else:
+            tolerance = 0.5e-4 + 1e-5  # four decimals
+        assert abs(actual[step, kind] - value) <= tolerance, (step, kind, actual[step, kind], value)
+
+    # the run learned something, and some gradients were clipped and others were not
+    assert expected[MAX_STEPS, "val"] < expected[0, "val"] - 1
+    norms = [value for (_, kind), value in expected.items() if kind == "norm"]
+    assert min(norms) < GRAD_CLIP - 0.1
+    assert max(norms) > GRAD_CLIP + 0.1
+
+
+def test_the_final_weights_equal_those_of_a_plain_loop_around_transformers(both_runs):
+    """Except the biases of the keys: they shift all scores of a query alike, so their gradients are rounding errors."""
+    log_dir, _, model = both_runs
+    saved = load_file(weights_file(log_dir, MAX_STEPS))
+    for name, expected in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        actual = saved[name]
+        if name.endswith("c_attn.bias"):
+            expected = torch.cat((expected[:32], expected[64:]))
+            actual = torch.cat((actual[:32], actual[64:]))
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=3e-5, msg=name)
+
+
+# ------------------------------------------------------------------------------------- dropout
+def constant_shards(directory):
+    """A data set in which all windows are equal."""
+    tokens = np.tile(np.arange(65, 65 + BLOCK_SIZE), 100)
+    return write_data_set(directory, [tokens], [tokens])
+
+
+def dropout_losses(directory, log_dir, seed, dropout=0.5):
+    """Train five steps on equal windows with a learning rate of practically 0; returns the losses."""
+    flags = tiny_flags(learning_rate=1e-30, weight_decay=0, dropout=dropout, seed=seed, max_new_tokens=1)
+    done = call("train_gpt2", *flags, "--data_dir", directory, "--log_dir", log_dir)
+    assert done.returncode == 0, done.stderr
+    return list(losses(log_dir).values())
+
+
+def test_dropout_differs_in_each_step_and_is_the_same_in_each_run(tmp_path):
+    """Neither the weights nor the data change from step to step, so only dropout can change the loss."""
+    directory = constant_shards(tmp_path / "data")
+    first = dropout_losses(directory, tmp_path / "1", seed=1)
+    assert len(set(first)) == 5
+    assert dropout_losses(directory, tmp_path / "2", seed=1) == first
+    without = dropout_losses(directory, tmp_path / "3", seed=1, dropout=0)
+    assert max(without) - min(without) <= 1e-6
+
+
+def test_dropout_differs_between_ranks(tmp_path, monkeypatch):
+    """Two ranks train five steps on equal windows with equal weights: all ten losses differ."""
+    directory = constant_shards(tmp_path / "data")
+    rank_losses = []
+    for rank in (0, 1):
+        module = load("train_gpt2")
+        pretend_to_be_a_rank(monkeypatch, module, rank, world_size=2)
+        average_over_ranks = module.average_over_ranks
+
+        def record(loss, *rest, average_over_ranks=average_over_ranks):
+            rank_losses.append(loss.item())
+            return average_over_ranks(loss, *rest)
+
+        module.average_over_ranks = record
+        flags = tiny_flags(learning_rate=1e-30, weight_decay=0, dropout=0.5, micro_batch_size=4, max_new_tokens=1)
+        done = call(module, *flags, "--data_dir", directory, "--log_dir", tmp_path / f"rank_{rank}")
+        assert done.returncode == 0, done.stderr
+    assert len(rank_losses) == len(set(rank_losses)) == 10
