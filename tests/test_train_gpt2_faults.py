@@ -1254,20 +1254,18 @@ def test_a_model_that_is_larger_than_the_memory_is_a_user_error(byte_shards, tmp
     assert not (tmp_path / "log" / "log.txt").exists()
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_running_out_of_memory_while_a_checkpoint_is_loaded_does_not_count_as_damage(stopped, whole, error):
+@pytest.mark.parametrize("error_type", [MemoryError, RuntimeError])
+def test_running_out_of_memory_while_a_checkpoint_is_loaded_does_not_count_as_damage(stopped, whole, error_type):
     """An earlier checkpoint would need as much memory, and steps would be lost."""
-    _, log_dir = stopped
+    data_dir, log_dir = stopped
 
     def prepare(module, rank):
         def no_memory(*args, **options):
-            raise error
+            raise error_type("DefaultCPUAllocator: can't allocate memory")
 
         module.load_optimizers = no_memory
 
-    data_dir, log_dir = stopped
-    done = train(data_dir, log_dir, *EVERY_2, "--resume", prepare=prepare)
-    assert_user_error(done, "out of memory")
+    assert_user_error(train(data_dir, log_dir, *EVERY_2, "--resume", prepare=prepare), "out of memory")
     assert_success(resume(stopped))
     assert_same_run(log_dir, whole)
 

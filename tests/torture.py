@@ -1,12 +1,14 @@
 """
-Training runs killed with SIGKILL at random moments and started again with the same command, until they are done.
+Kill training runs with SIGKILL at random moments, and check that the resumed runs end with the same bytes.
 
-    python benchmarks/torture.py                 # 50 runs; about ten minutes on two CPU cores
-    python benchmarks/torture.py --runs 5 --seed 7
+    python tests/torture.py --runs 50             # one process; about ten minutes on two CPU cores
+    python tests/torture.py --runs 20 --ranks 3   # three ranks, one of which is killed; about ten minutes
 
-Each run is of a small model with dropout and is killed once or twice: while a checkpoint is being written, in the
-middle of training, or while it starts. It must end with the model.safetensors of an uninterrupted run, byte for
-byte, and with its train, val and lr lines in log.txt. Prints one line a run and a count; exits 1 at a difference.
+Each run trains a small model with dropout. It is killed once or twice: while a checkpoint is written, between two
+checkpoints, or during start-up. The same command is then started again, until the run is complete. It must end with
+the model.safetensors of an uninterrupted run, byte for byte, and with its train, val and lr lines in log.txt.
+
+Prints one line per run and a summary. The exit status is 1 if a run differs.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,121 +28,198 @@ import time
 import numpy as np
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-STEPS = 60
-FLAGS = f"--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --dropout 0.1 --max_steps {STEPS} --warmup_steps 5 "
-FLAGS += "--total_batch_size 512 --micro_batch_size 8 --learning_rate 1e-2 --checkpoint_interval 3 --eval_interval 10 "
-FLAGS += "--val_tokens 640 --log_interval 1 --max_new_tokens 8 --prompt A --device cpu --no-plot --resume"
+MAX_STEPS = 60
+FLAGS = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 32,
+    "dropout": 0.1,
+    "max_steps": MAX_STEPS,
+    "warmup_steps": 5,
+    "total_batch_size": 768,  # 24 windows per step
+    "micro_batch_size": 8,
+    "learning_rate": 1e-2,
+    "checkpoint_interval": 3,
+    "eval_interval": 10,
+    "val_tokens": 640,
+    "log_interval": 1,
+    "max_new_tokens": 8,
+    "prompt": "A",
+    "device": "cpu",
+}
 
 
 def make_data(directory):
-    """A data set of input.txt's bytes: two shards to train on and one for validation."""
+    """Write a data set of the bytes of input.txt: two training shards and a validation shard."""
     with open(f"{ROOT}/input.txt", "rb") as file:
         tokens = np.frombuffer(file.read(), dtype=np.uint8).astype("<u2")
+    shards = {
+        "text_train_000000.npy": tokens[:9000],
+        "text_train_000001.npy": tokens[9000:20000],
+        "text_val_000000.npy": tokens[-4000:],
+    }
     meta = {"tokenizer": "bytes", "vocab_size": 257, "eot_token": 256, "source": {}, "shards": []}
-    for name, part in (
-        ("train_000000", tokens[:9000]),
-        ("train_000001", tokens[9000:20000]),
-        ("val_000000", tokens[-4000:]),
-    ):
-        path = f"{directory}/text_{name}.npy"
-        np.save(path, part)
-        with open(path, "rb") as file:
+    for name, shard in shards.items():
+        np.save(f"{directory}/{name}", shard)
+        with open(f"{directory}/{name}", "rb") as file:
             digest = hashlib.sha256(file.read()).hexdigest()
-        meta["shards"].append({"file": os.path.basename(path), "tokens": len(part), "sha256": digest})
+        meta["shards"].append({"file": name, "tokens": len(shard), "sha256": digest})
     with open(f"{directory}/meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file)
 
 
-def start(data_dir, log_dir):
-    """The command that every start of a run uses, in a process of its own."""
-    line = [sys.executable, f"{ROOT}/train_gpt2.py", *FLAGS.split(), "--data_dir", data_dir, "--log_dir", log_dir]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # one thread adds in one order
-    return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True)
+class Run:
+    """A run of train_gpt2.py in the background, in one or several processes."""
 
+    def __init__(self, data_dir, log_dir, num_ranks):
+        self.log_dir = log_dir
+        line = [sys.executable, f"{ROOT}/train_gpt2.py", "--resume", "--data_dir", data_dir, "--log_dir", log_dir]
+        for name, value in FLAGS.items():
+            line += [f"--{name}", str(value)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # with one thread the order of summation is fixed
+        if num_ranks > 1:  # what torchrun sets
+            environment["WORLD_SIZE"] = str(num_ranks)
+            environment["MASTER_ADDR"] = "127.0.0.1"
+            environment["MASTER_PORT"] = str(free_port())
+        self.processes = []
+        for rank in range(num_ranks):
+            if num_ranks > 1:
+                environment["RANK"] = environment["LOCAL_RANK"] = str(rank)
+            process = subprocess.Popen(
+                line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True
+            )
+            self.processes.append(process)
 
-def wait_for(process, condition):
-    """Wait until condition holds or the process has ended by itself; returns whether it still runs."""
-    while process.poll() is None and not condition():
-        time.sleep(0.0005)  # a checkpoint of a small model is written in a few milliseconds
-    return process.poll() is None
+    def is_running(self):
+        """Return whether none of the processes has ended."""
+        return all(process.poll() is None for process in self.processes)
 
+    def wait_for(self, condition):
+        """Wait until condition() holds. Returns False if the run has ended before."""
+        while self.is_running():
+            if condition():
+                return True
+            time.sleep(0.0005)  # a checkpoint of this model is written in a few milliseconds
+        return False
 
-def steps_logged(log_dir):
-    """The number of the newest step in log.txt, -1 where there is none."""
-    try:
-        with open(f"{log_dir}/log.txt", "rb") as file:
-            return int(file.read().rsplit(b"\n", 2)[-2].split()[0])
-    except (OSError, IndexError, ValueError):
-        return -1
+    def wait(self):
+        """Wait until all processes have ended. Returns (exit statuses, error messages)."""
+        errors = [process.communicate()[1].strip() for process in self.processes]
+        statuses = [process.returncode for process in self.processes]
+        return statuses, "; ".join(error for error in errors if error)
 
+    def last_step(self):
+        """Return the step of the last line in log.txt, or -1 if there is none."""
+        try:
+            with open(f"{self.log_dir}/log.txt", "rb") as file:
+                return int(file.read().rsplit(b"\n", 2)[-2].split()[0])
+        except (OSError, IndexError, ValueError):
+            return -1
 
-def kill(process, log_dir, rng):
-    """SIGKILL at a random moment; returns what it met, or None if the run was done before."""
-    kind = rng.choices(["write", "training", "start"], [6, 3, 1])[0]
-    if kind == "start":
-        time.sleep(rng.uniform(0, 4))
-    else:
-        goal = steps_logged(log_dir) + rng.randrange(1, 30)
-        if not wait_for(process, lambda: steps_logged(log_dir) >= goal):
-            return None
+    def is_writing(self):
+        """Return whether a checkpoint is incomplete."""
+        return bool(glob.glob(f"{self.log_dir}/tmp_step_*"))
+
+    def kill(self, rng):
+        """Kill one process at a random moment. Returns a description, or None if the run was complete before.
+
+        The other ranks notice it and end by themselves, as under torchrun.
+        """
+        kind = rng.choices(["write", "training", "start-up"], [6, 3, 1])[0]
+        victim = rng.choice(self.processes)
         if kind == "write":
-            wait_for(process, lambda: glob.glob(f"{log_dir}/tmp_step_*"))
-        time.sleep(rng.uniform(0, 0.006))  # milliseconds: about what a write takes
-    process.send_signal(signal.SIGKILL)
-    if process.wait() == 0:
-        return None
-    inside = glob.glob(f"{log_dir}/tmp_step_*")
-    return f"{'inside a write' if inside else 'outside one'} after step {steps_logged(log_dir)}"
+            victim = self.processes[0]  # rank 0 writes
+        if kind == "start-up":
+            time.sleep(rng.uniform(0, 4))
+        else:
+            goal = self.last_step() + rng.randrange(1, 30)
+            if not self.wait_for(lambda: self.last_step() >= goal):
+                return None
+            if kind == "write":
+                self.wait_for(self.is_writing)
+            time.sleep(rng.uniform(0, 0.006))  # about the duration of a write
+        victim.send_signal(signal.SIGKILL)
+        if victim.wait() != -signal.SIGKILL:
+            return None
+        place = "in a write" if self.is_writing() else "between writes"
+        return f"rank {self.processes.index(victim)} {place} after step {self.last_step()}"
+
+
+def free_port():
+    """Return a port that no other process uses."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def outcome(log_dir):
-    """(bytes of the final model, train, val and lr lines) of a run."""
-    with open(f"{log_dir}/step_{STEPS:06d}/model.safetensors", "rb") as file:
+    """Return (bytes of the final model, train, val and lr lines) of a complete run."""
+    with open(f"{log_dir}/step_{MAX_STEPS:06d}/model.safetensors", "rb") as file:
         weights = file.read()
     with open(f"{log_dir}/log.txt", encoding="utf-8") as file:
-        return weights, [line for line in file if line.split()[1] in ("train", "val", "lr")]
+        lines = [line for line in file if line.split()[1] in ("train", "val", "lr")]
+    return weights, lines
+
+
+def compare(log_dir, expected):
+    """Return how the outcome of a run differs from the expected one, or None."""
+    weights, lines = outcome(log_dir)
+    if (weights, lines) == expected:
+        return None
+    verdict = "equal" if weights == expected[0] else "DIFFERENT"
+    num_lines = len(set(lines) ^ set(expected[1]))
+    return f"weights {verdict}, {num_lines} lines different"
+
+
+def torture(data_dir, log_dir, num_ranks, expected, rng):
+    """Kill a run once or twice and restart it until it is complete. Returns (kills, problem or None)."""
+    kills = []
+    num_kills = rng.randint(1, 2)
+    while True:
+        run = Run(data_dir, log_dir, num_ranks)
+        moment = run.kill(rng) if len(kills) < num_kills else None
+        statuses, errors = run.wait()
+        if moment is None:
+            break
+        kills.append(moment)
+        # The other ranks of a killed run say that they lost contact. Nothing else may be reported.
+        if "Traceback" in errors or (num_ranks == 1 and errors):
+            return kills, errors
+    if any(statuses) or errors:
+        return kills, f"exit statuses {statuses}: {errors}"
+    return kills, compare(log_dir, expected)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--runs", type=int, default=50, help="runs to kill (50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments; the machine's speed matters, too (0)")
+    parser.add_argument("--runs", type=int, default=50, help="number of runs that are killed (default: 50)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes per run: 1, 2 or 3 (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
     args = parser.parse_args()
-    rng, same, kills, inside = random.Random(args.seed), 0, 0, 0
+    rng = random.Random(args.seed)
+    num_good, num_kills, num_in_write = 0, 0, 0
     with tempfile.TemporaryDirectory() as directory:
         data_dir, log_dir = f"{directory}/data", f"{directory}/log"
         os.mkdir(data_dir)
         make_data(data_dir)
-        whole = start(data_dir, f"{directory}/whole")
-        if whole.wait():
-            sys.exit(whole.stderr.read())
+
+        # the run that all others must agree with
+        statuses, errors = Run(data_dir, f"{directory}/whole", args.ranks).wait()
+        if any(statuses):
+            sys.exit(errors)
         expected = outcome(f"{directory}/whole")
-        print(f"uninterrupted: {len(expected[0]):,} bytes of weights, {len(expected[1])} lines", flush=True)
-        for run in range(1, args.runs + 1):
+        print(f"uninterrupted run: {len(expected[0]):,} bytes of weights, {len(expected[1])} lines", flush=True)
+
+        for number in range(1, args.runs + 1):
             shutil.rmtree(log_dir, ignore_errors=True)
-            met, planned, problem = [], rng.randint(1, 2), None
-            while True:
-                process = start(data_dir, log_dir)
-                moment = kill(process, log_dir, rng) if len(met) < planned else None
-                errors = process.communicate()[1]
-                if errors:
-                    problem = errors.strip()
-                if moment is None:
-                    break
-                met.append(moment)
-            if process.returncode:
-                problem = f"exit status {process.returncode}: {errors.strip()}"
-            elif outcome(log_dir) != expected:
-                weights, lines = outcome(log_dir)
-                problem = f"weights {'equal' if weights == expected[0] else 'DIFFER'}, "
-                problem += f"{len(set(lines) ^ set(expected[1]))} lines differ"
-            same, kills, inside = same + (not problem), kills + len(met), inside + sum("inside" in m for m in met)
-            print(
-                f"run {run:3d}: {problem or 'the same'} | killed {'; '.join(met) or 'never'}",
-                flush=True,
-            )
-    print(f"{same} of {args.runs} the same, byte for byte, after {kills} kills, {inside} of them inside a write")
-    sys.exit(same < args.runs)
+            kills, problem = torture(data_dir, log_dir, args.ranks, expected, rng)
+            num_good += problem is None
+            num_kills += len(kills)
+            num_in_write += sum("in a write" in kill for kill in kills)
+            print(f"run {number:3d}: {problem or 'identical'} | killed {', '.join(kills) or 'never'}", flush=True)
+    print(f"{num_good} of {args.runs} runs identical after {num_kills} kills, {num_in_write} of them in a write")
+    sys.exit(num_good < args.runs)
 
 
 if __name__ == "__main__":
