@@ -23,6 +23,7 @@ In a hurry, read main() at the end.
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import math
@@ -750,7 +751,7 @@ class TokenDataset:
         """Raise DataError if an open shard was truncated: reading it would kill the process (SIGBUS)."""
         for shard, tokens in self.open_shards.items():
             path = self.paths[shard]
-            if not os.path.exists(path) or os.path.getsize(path) < tokens.nbytes:
+            if not os.path.exists(path) or os.path.getsize(path) < tokens.offset + tokens.nbytes:
                 raise DataError(f"{path} is missing or truncated: regenerate it, then continue with --resume")
 
     def batch(self, indices):
@@ -1125,6 +1126,7 @@ RESULT_FLAGS = (
     "grad_clip",
 )
 CHECKPOINT_FORMAT = 2  # changes when older checkpoints cannot be resumed
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # as on Lustre without flock, and on some network disks
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # what Python, torch.save and save_file raise on a full disk
 
 
@@ -1148,7 +1150,6 @@ class RunDirectory:
 
         The operating system releases the lock of a killed process. Raises UserError.
         """
-        # filelock raises NotImplementedError on file systems without locks, such as Lustre without flock
         try:
             os.makedirs(self.path, exist_ok=True)
             self.lock = filelock.FileLock(f"{self.path}/lock", fallback_to_soft=False)
@@ -1157,16 +1158,16 @@ class RunDirectory:
             raise UserError(
                 f"--log_dir {self.path} is in use by another run: wait for it, or choose another --log_dir"
             ) from None
-        except NotImplementedError:
-            warn(f"the file system of --log_dir {self.path} has no locks: start only one run in it")
         except OSError as error:
-            raise UserError(
-                f"cannot write to --log_dir {self.path} ({error.strerror}): choose another --log_dir"
-            ) from None
+            if error.errno not in NO_LOCKS:
+                raise UserError(
+                    f"cannot write to --log_dir {self.path} ({error.strerror}): choose another --log_dir"
+                ) from None
+            warn(f"the file system of --log_dir {self.path} has no locks: start only one run in it")
         # Save something now: an unusable directory must not be noticed only at the first checkpoint.
         try:
+            self.remove_incomplete()
             temporary = f"{self.path}/tmp_step_test"
-            shutil.rmtree(temporary, ignore_errors=True)
             os.makedirs(temporary)
             write_json(f"{temporary}/test.json", {})
             flush_to_disk(temporary)
@@ -1357,11 +1358,12 @@ def choose_checkpoint(run_directory, args):
         return None
     # which checkpoints to try, in this order
     candidates = checkpoints[::-1]
-    if goes_back(args):
+    if goes_back(args, checkpoints):
         if not os.path.isdir(args.resume):
             raise UserError(f"--resume {args.resume} is not a directory: pass a checkpoint, log/step_NNNNNN")
         path = os.path.realpath(find_pretrained(args.resume))
-        if has_run and os.path.dirname(path) != os.path.realpath(args.log_dir):
+        is_other_run = os.path.dirname(path) != os.path.realpath(args.log_dir)
+        if has_run and is_other_run and restart_count() == 0:
             raise UserError(
                 f"--log_dir {args.log_dir} already contains another run than --resume {args.resume}: choose "
                 "another --log_dir"
@@ -1384,15 +1386,20 @@ def choose_checkpoint(run_directory, args):
     return None
 
 
-def goes_back(args):
+def restart_count():
+    """Return how often torchrun or Slurm has restarted this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def goes_back(args, checkpoints):
     """Return whether --resume names a single checkpoint, from which the run takes another way.
 
-    A process that torchrun or Slurm restarted has gone back already and continues from the newest checkpoint.
+    A process that torchrun or Slurm restarted has gone back already. It continues from the newest checkpoint, if
+    there is one.
     """
     if args.resume in (None, "newest") or os.path.realpath(args.resume) == os.path.realpath(args.log_dir):
         return False
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    return restarts == 0
+    return restart_count() == 0 or not checkpoints
 
 
 def find_damage(path):
@@ -1401,6 +1408,8 @@ def find_damage(path):
     try:
         checksums = read_json(f"{path}/sha256.json")
         for name in ("config.json", "model.safetensors", "trainer.pt"):
+            if not os.path.isfile(f"{path}/{name}"):  # opening a named pipe would wait forever
+                return f"{name} is missing"
             if sha256_of(f"{path}/{name}") != checksums.get(name):
                 return f"{name} does not match its checksum"
         model = GPT.from_pretrained(path)
@@ -1409,6 +1418,8 @@ def find_damage(path):
     except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -1426,6 +1437,17 @@ def load_trainer_state(path):
         )
     if type(trainer_state.get("step")) is not int or trainer_state["step"] != step_of(path):
         raise ValueError(f"trainer.pt is of step {trainer_state.get('step')!r}")
+    if trainer_state["step"] > trainer_state["args"]["max_steps"]:
+        raise ValueError(f"trainer.pt is of step {trainer_state['step']}, which its run does not have")
+    # flags are plain values, and the state of a gradient scaler is empty or consists of numbers
+    for name, value in trainer_state["args"].items():
+        if not isinstance(value, (str, int, float, type(None))):
+            raise ValueError(f"trainer.pt has a {type(value).__name__} as --{name}")
+    scaler = trainer_state["scaler"]
+    if scaler != {} and scaler.keys() != torch.amp.GradScaler("cpu").state_dict().keys():
+        raise ValueError("trainer.pt contains another gradient scaler")
+    if not all(isinstance(value, (int, float)) for value in scaler.values()):
+        raise ValueError("trainer.pt contains another gradient scaler")
     return trainer_state
 
 
@@ -1454,7 +1476,8 @@ def load_optimizers(model, trainer_state, device, rank, world_size):
                 raise ValueError(f"the optimizer state has {sorted(tensors)} instead of {sorted(expected)}")
             for name, tensor in tensors.items():
                 shape = () if name == "step" else parameters[number].shape
-                if tensor.shape != shape or tensor.dtype != torch.float32:
+                is_dense = tensor.layout == torch.strided and tensor.is_contiguous()
+                if tensor.shape != shape or tensor.dtype != torch.float32 or not is_dense:
                     raise ValueError(f"{name} of the optimizer state has shape {tuple(tensor.shape)}, {tensor.dtype}")
         # The settings of the groups come from the flags; the learning rate is set in every step.
         optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
@@ -1857,9 +1880,8 @@ def open_run_directory(run_directory, args):
     """Lock the run directory and return the checkpoint to resume from, or None. Called on rank 0."""
     run_directory.acquire()
     checkpoint = choose_checkpoint(run_directory, args)
-    if checkpoint and goes_back(args):
+    if checkpoint and goes_back(args, run_directory.checkpoints()):
         run_directory.set_aside_after(step_of(checkpoint))
-    run_directory.remove_incomplete()
     return checkpoint
 
 
@@ -2316,6 +2338,7 @@ def main():
         if step % args.checkpoint_interval == 0 or last_step or stopping:
             run_directory.save(step, raw_model, optimizers, scaler, args)
         if not stopping and (step % args.eval_interval == 0 or last_step):
+            train_data.check_open_shards()
             val_loss = evaluate(eval_model, raw_model, val_data, args.val_tokens, *in_parallel)
             stopping = any_rank(stop.reason, device, world_size)
             if not stopping:  # otherwise the resumed run evaluates this step

@@ -87,7 +87,9 @@ def call(script, *args):
     module.exit_process = sys.exit  # under torchrun's variables it would end this process at once
     out, err = io.StringIO(), io.StringIO()
     argv, environment = sys.argv, dict(os.environ)
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGUSR1"):  # Windows does not have it
+        numbers.append(signal.SIGUSR1)
     handlers = {number: signal.getsignal(number) for number in numbers}
     status = 0
     sys.argv = [f"{module.__name__}.py", *map(str, args)]
