@@ -705,7 +705,7 @@ def test_resuming_in_another_dtype_warns_and_works(run_in_dtype, byte_shards, tm
     ],
 )
 def test_default_dtype_of_a_cpu_depends_on_its_matmuls(monkeypatch, capabilities, n_embd, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert load("train_gpt2").default_dtype(torch.device("cpu"), n_embd)[0] == expected
 
 
