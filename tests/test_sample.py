@@ -17,6 +17,7 @@ import resource
 import runpy
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -947,13 +948,34 @@ def test_samples_that_do_not_fit_into_memory_are_one_line(small, monkeypatch):
     assert re.fullmatch(r"error: [^\n]*100 samples[^\n]*--num_samples[^\n]*\n", done.stderr)
 
 
-def test_a_model_larger_than_memory_is_one_line(tmp_path, tiktoken_cache):
-    make_model(tmp_path, n_layer=1, n_head=2, n_embd=4096, n_positions=8)  # 1.6 GB in float32
+def write_sparse_model(directory, n_positions):
+    """Write a model of zeros with one small layer whose file takes no space on most disks."""
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=1024, n_positions=1, **BYTES)
+    shapes = {name: list(p.shape) for name, p in GPT2LMHeadModel(config).named_parameters()}
+    shapes["transformer.wpe.weight"] = [n_positions, 1024]
+    header = {}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(header).encode()
+    directory.mkdir()
+    config.save_pretrained(directory)
+    edit_config(directory, n_positions=n_positions)
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + offset)
+
+
+@pytest.mark.parametrize("gigabytes", [3, 6])  # too little to read the file, too little to use it
+def test_a_model_larger_than_memory_is_one_line(gigabytes, tmp_path):
+    write_sparse_model(tmp_path / "model", n_positions=1_000_000)  # 4 GB
 
     def limit_memory():
-        resource.setrlimit(resource.RLIMIT_AS, (2_500_000_000, 2_500_000_000))
+        resource.setrlimit(resource.RLIMIT_AS, (gigabytes * 10**9, gigabytes * 10**9))
 
-    line = command("sample", "--model", tmp_path, "--device", "cpu")
+    line = command("sample", "--model", tmp_path / "model", "--device", "cpu")
     done = subprocess.run(line, capture_output=True, text=True, preexec_fn=limit_memory)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: [^\n]*does not fit into the memory[^\n]*\n", done.stderr)
