@@ -82,9 +82,7 @@ class TransformersSampler:
 
 def get_args():
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--n_layer", type=int, default=12, help="number of layers (default: 12)")
     parser.add_argument("--n_head", type=int, default=12, help="number of heads (default: 12)")
     parser.add_argument("--n_embd", type=int, default=768, help="channels (default: 768)")
@@ -95,15 +93,9 @@ def get_args():
         default=[1, 4],
         help="numbers of samples in parallel to measure (default: 1 4)",
     )
-    parser.add_argument(
-        "--prompt_tokens", type=int, default=32, help="length of the random prompt (default: 32)"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=128, help="new tokens per sample (default: 128)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="timed rounds, after one to warm up (default: 5)"
-    )
+    parser.add_argument("--prompt_tokens", type=int, default=32, help="length of the random prompt (default: 32)")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="new tokens per sample (default: 128)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one to warm up (default: 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument(
         "--dtype",
@@ -125,9 +117,7 @@ def main():
 
     # Both models have the same random weights.
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd
-    )
+    config = transformers.GPT2Config(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
     peer_model = transformers.GPT2LMHeadModel(config).eval()
     with tempfile.TemporaryDirectory() as directory:
         peer_model.save_pretrained(directory)
