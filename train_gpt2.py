@@ -1,39 +1,44 @@
 """
-Lesson 3: pre-train GPT-2 (124M to 1.6B parameters) on one CPU, one GPU or many.
+Lesson 3: pre-train GPT-2 (124M to 1.6B parameters) on a CPU, one GPU or many GPUs.
 
-    python prepare_shakespeare.py && python train_gpt2.py --preset shakespeare   # 2 CPU cores, minutes
-    python fineweb.py && python train_gpt2.py                                    # GPT-2 124M, one GPU
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py                       # the same on eight
-    torchrun --standalone --nproc_per_node=8 --max-restarts=3 train_gpt2.py --resume   # whatever happens
+    python prepare_shakespeare.py
+    python train_gpt2.py --preset shakespeare                # 0.8M parameters, two CPU cores, minutes
 
-Reads the token shards of --data_dir. Writes --log_dir: log.txt (a "step kind value" line for every
-figure) and step_NNNNNN/, checkpoints that transformers' AutoModelForCausalLM opens as they are. Which
-windows a step learns from depends on the seed and the step alone, not on the number of processes.
-Expect a loss of about ln(vocab_size) + n_embd * 0.02^2 / 2 at step 0 (10.98 for GPT-2 124M, 5.58 for
---preset shakespeare, which ends at 1.67 nats a byte), and about 3.29 on FineWeb-Edu after 19,073 steps.
+    python fineweb.py
+    python train_gpt2.py                                     # GPT-2 124M on one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py   # the same on eight GPUs
+    torchrun --standalone --nproc_per_node=8 --max-restarts=3 train_gpt2.py --resume
+                                                             # the same, and restart after a crash
+
+Reads the token shards of --data_dir. Writes to --log_dir: log.txt with one "step kind value" line per
+metric, run.json with the flags, and checkpoints step_NNNNNN/, which transformers'
+AutoModelForCausalLM.from_pretrained loads. The data order depends only on the seed and the step, not on
+the number of processes.
+
+The loss at step 0 is about ln(vocab_size) + n_embd * 0.02^2 / 2: 10.98 for GPT-2 124M, 5.58 for
+--preset shakespeare. Expect a validation loss of about 3.29 on FineWeb-Edu after 19,073 steps.
+
+Sections: model, data, optimizer, evaluation, run directory, command line, setup, training loop.
+In a hurry, read main() at the end.
 """
 
 import argparse
-import ctypes
-import fcntl
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import struct
-import subprocess
 import sys
 import time
+import traceback
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass
+from datetime import timedelta
 
+import filelock
 import numpy as np
-import requests
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -41,103 +46,83 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiktoken.load import read_file_cached
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
 
-# Presets are defaults of flags. Learning rates are GPT-3's for models of these sizes (table 2.1 of
-# "Language Models are Few-Shot Learners", 2020), as are the batch of half a million tokens and the
-# 375M tokens of warmup; 19,073 steps are one pass over 10B tokens.
-GPT2 = (
-    dict(data_dir="edu_fineweb10B", block_size=1024, total_batch_size=524288, log_interval=1)
-    | dict(max_steps=19073, warmup_steps=715, eval_interval=250, val_tokens=10485760, checkpoint_interval=1000)
-    | dict(hellaswag_interval=250, prompt="Hello, I'm a language model,", max_new_tokens=48)
-    | dict(optimizer="adamw", schedule="cosine")
-)
-PRESETS = {
-    "gpt2": GPT2 | dict(n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4),
-    "gpt2-medium": GPT2 | dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4),
-    "gpt2-large": GPT2 | dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
-    "gpt2-xl": GPT2 | dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4),
-    # Half the tokens, Muon: tuned on small models, not yet tried at this size (docs/performance.md).
-    "gpt2-fast": GPT2
-    | dict(n_layer=12, n_head=12, n_embd=768, learning_rate=2e-3, optimizer="muon", schedule="linear")
-    | dict(max_steps=9537, warmup_steps=250),
-    "shakespeare": dict(data_dir="shakespeare", block_size=64, total_batch_size=1024)
-    | dict(max_steps=1500, warmup_steps=100, eval_interval=250, val_tokens=48000, checkpoint_interval=500)
-    | dict(log_interval=10, hellaswag_interval=0, prompt="\n", max_new_tokens=192)
-    | dict(optimizer="adamw", schedule="cosine")
-    | dict(n_layer=4, n_head=4, n_embd=128, learning_rate=3e-3),
-}
+HELLASWAG_PATH = "hellaswag/hellaswag_val.npz"  # written by hellaswag.py --prepare
+TOKENIZER_FILES = ("vocab.json", "merges.txt")  # from which transformers builds the tokenizer
 
 
 # ---------------------------------------------------------------------------------------- model
-# --- copied block: read_pretrained ---
-# By Hugging Face's names, GPT-2's first, which has two.
-ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
-ACTIVATIONS["gelu_pytorch_tanh"] = ACTIVATIONS["gelu_new"]
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face stores these transposed: (in, out)
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention: each of the n_head heads has n_embd / n_head channels."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        # one matmul computes the queries, keys and values of all heads
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        # mixes the outputs of the heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
+        # B is the batch size, T the sequence length and C the number of channels. nh is the number of heads
+        # and hs the size of a head: in GPT-2 124M, C = nh * hs = 12 * 64 = 768.
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
+        # The heads become a batch dimension, so that each head attends by itself.
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        # softmax(q k^T / sqrt(hs)) v with the future masked out. The fused kernel (FlashAttention) never
+        # stores the (T, T) attention matrix, which makes it several times faster than separate matmuls.
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C): concatenate the heads
+        return F.dropout(self.c_proj(y), dropout_p)
 
 
-def read_pretrained(directory_or_name):
-    """The (config, tensors by name) of a GPT-2 in a directory, ours or Hugging Face's, or of a name on its hub.
+class MLP(nn.Module):
+    """A two-layer MLP, applied to each position independently."""
 
-    config is config.json's object with GPT-2's values for what it leaves out, tensors are as the file holds
-    them, without their prefix "transformer.". Raises ValueError, in one line, where there is no GPT-2 that
-    these scripts can compute, and OSError where a name cannot be fetched.
-    """
-    directory = directory_or_name
-    if not os.path.isdir(directory):
-        from huggingface_hub import snapshot_download
+    def __init__(self, config):
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, n_inner)
+        self.activation = ACTIVATIONS[config.activation_function]  # GPT-2: GELU, approximated with tanh
+        self.c_proj = nn.Linear(n_inner, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
 
-        directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
-    numbers = dict(vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768, layer_norm_epsilon=1e-5)
-    choices = {"model_type": ["gpt2"], "activation_function": list(ACTIVATIONS), "tie_word_embeddings": [True]}
-    choices |= {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
-    config = numbers | {name: values[0] for name, values in choices.items()} | {"n_inner": None}
-    try:
-        with open(f"{directory}/config.json", encoding="utf-8") as file:
-            config |= json.load(file)
-        for name, values in choices.items():
-            if config[name] not in values:
-                raise ValueError(f"its {name} is {config[name]!r}, and not one of {values}")
-        for name, value in numbers.items():
-            if type(config[name]) is not type(value) or config[name] <= 0:
-                raise ValueError(f"its {name} is {config[name]!r}, and no number like {value}")
-        n_layer, n_head, C = config["n_layer"], config["n_head"], config["n_embd"]
-        if C % n_head:
-            raise ValueError(f"its n_embd {C} is not divisible by its n_head {n_head}")
-        tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
-        blocks = {name.split(".")[1] for name in tensors if name.startswith("h.")}
-        if len(blocks) != n_layer:
-            raise ValueError(f"it has {len(blocks)} blocks, its n_layer is {n_layer}")
-        n_inner = config["n_inner"] or 4 * C
-        block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
-        block |= {"ln_2": (C,), "mlp.c_fc": (C, n_inner), "mlp.c_proj": (n_inner, C)}
-        layers = {f"h.{i}.{name}": shape for i in range(n_layer) for name, shape in block.items()} | {"ln_f": (C,)}
-        shapes = {"wte.weight": (config["vocab_size"], C), "wpe.weight": (config["n_positions"], C)}
-        for name, shape in layers.items():
-            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
-        for name, shape in shapes.items():
-            found = tuple(tensors[name].shape) if name in tensors else "missing"
-            if found != shape:
-                raise ValueError(f"{name} is {found}, config.json asks for {shape}")
-            if not tensors[name].is_floating_point():
-                raise ValueError(f"{name} holds {tensors[name].dtype}, not floating-point numbers")
-        if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
-            raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
-    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{directory} holds no GPT-2: {error}") from None
-    return config, {name: tensors[name] for name in shapes}
+    def forward(self, x):  # (B, T, C) -> (B, T, n_inner) -> (B, T, C)
+        x = self.activation(self.c_fc(x))
+        return self.dropout(self.c_proj(x))
 
 
-# --- end of copied block: read_pretrained ---
+class Block(nn.Module):
+    """Attention (communication), then the MLP (computation), each with a residual connection."""
+
+    def __init__(self, config):
+        super().__init__()
+        # Pre-norm: each sublayer normalizes its input, and the residual stream itself is never normalized, so
+        # that gradients flow through it unchanged.
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
 @dataclass
 class GPTConfig:
-    """The shape of a GPT-2; the defaults are the 124M model's."""
+    """The shape of a GPT-2. The defaults are those of the 124M model."""
 
     vocab_size: int = 50257
-    block_size: int = 1024  # tokens a sequence at most; n_positions in Hugging Face's config
+    block_size: int = 1024  # maximum sequence length (n_positions in Hugging Face configs)
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -145,1152 +130,2263 @@ class GPTConfig:
     activation_function: str = "gelu_new"
     dropout: float = 0.0
     layer_norm_epsilon: float = 1e-5
-    tokenizer: str = "gpt2"  # "gpt2" or "bytes"; what token ids mean
-
-
-class MultiHeadAttention(nn.Module):
-    """n_head causal attentions side by side, each on its own n_embd / n_head channels."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v of all heads at once
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-
-    def forward(self, x):  # (B, T, C) -> (B, T, C)
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-        dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        return F.dropout(self.c_proj(y), dropout_p)
-
-
-class FeedForward(nn.Module):
-    """Two linear layers and a nonlinearity, on every position by itself."""
-
-    def __init__(self, config):
-        super().__init__()
-        n_inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, n_inner)
-        self.activation = ACTIVATIONS[config.activation_function]
-        self.c_proj = nn.Linear(n_inner, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x):  # (B, T, C) -> (B, T, n_inner) -> (B, T, C)
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
-
-
-class Block(nn.Module):
-    """Communication, then computation; each adds its result to x, a road for the gradient."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = MultiHeadAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = FeedForward(config)
-
-    def forward(self, x):  # (B, T, C) -> (B, T, C)
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+    tokenizer: str = "gpt2"  # the tokenizer that the token ids belong to: "gpt2" or "bytes"
 
 
 class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019).
 
-    The token embedding is also the output head. Inside the model it has rows up to the next multiple of
-    128, a size that matmuls like: the extra ones are zero, their logits -inf, and no file contains them.
+    The token embedding wte is also the weight of the output layer. Inside the model the vocabulary is
+    padded to a multiple of 128, which makes matmuls faster: 50,257 rows become 50,304. Padding rows are
+    zero, their logits are -inf, and checkpoints do not contain them.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        padded_vocab_size = -(-config.vocab_size // 128) * 128
+        # The names are GPT-2's: wte and wpe are the embeddings of tokens and positions, h are the blocks.
+        padded_vocab_size = math.ceil(config.vocab_size / 128) * 128
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        padding = torch.arange(padded_vocab_size) >= config.vocab_size
-        self.register_buffer("head_bias", torch.zeros(len(padding)).masked_fill(padding, -math.inf), persistent=False)
+        # a bias of -inf gives the padding rows a probability of zero
+        head_bias = torch.zeros(padded_vocab_size)
+        head_bias[config.vocab_size :] = -math.inf
+        self.register_buffer("head_bias", head_bias, persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """Initialize matrices and embeddings from N(0, 0.02) and biases with zeros, as GPT-2 does."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:  # each block adds twice to x: keep the sum's variance that of one
-                std = 0.02 * (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 0.02
+            if name.endswith("c_proj.weight"):
+                # Each block adds two such projections to the residual stream. Scaling them down keeps
+                # its variance from growing with depth.
+                std = 0.02 * (2 * self.config.n_layer) ** -0.5
                 nn.init.normal_(parameter, std=std)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        nn.init.zeros_(self.wte.weight[config.vocab_size :])
+        nn.init.zeros_(self.wte.weight[self.config.vocab_size :])
 
     def forward(self, idx, targets=None):
-        """For ids idx (B, T): (logits (B, T, vocab_size), None), or (None, mean loss in nats) with targets (B, T)."""
-        x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]  # (B, T, C) + (T, C) -> (B, T, C)
+        """Compute logits, or the loss if targets are given, for token ids idx (B, T).
+
+        Returns (logits, None) with logits (B, T, vocab_size), or (None, loss) with the mean cross-entropy
+        in nats over targets (B, T). Training never needs both, and the logits are the largest tensor.
+        """
+        # embed the tokens and their positions
+        T = idx.shape[1]
+        x = self.wte(idx) + self.wpe.weight[:T]  # (B, T, C) + (T, C) -> (B, T, C)
         x = self.drop(x)
+        # transform them in n_layer blocks
         for block in self.h:
             x = block(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight, self.head_bias)  # (B, T, C) -> (B, T, padded V)
+        x = self.ln_f(x)
+        # compare the result with the embedding of each token
+        logits = F.linear(x, self.wte.weight, self.head_bias)  # (B, T, C) -> (B, T, padded vocab_size)
         if targets is None:
             return logits[..., : self.config.vocab_size], None
-        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        # Softmax and logarithm need float32, also under autocast.
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return None, loss
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, generator, top_k=50):
-        """Extend idx (B, T) by max_new_tokens tokens sampled from the top_k likeliest: (B, T + max_new_tokens)."""
+        """Append max_new_tokens tokens to idx (B, T), each sampled from the top_k most likely ones.
+
+        Returns (B, T + max_new_tokens). Every token recomputes the whole sequence; sample.py has a
+        key/value cache.
+        """
         self.eval()
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size :])[0][:, -1].float()  # (B, V)
-            top, top_idx = logits.topk(min(top_k, logits.shape[-1]))  # (B, k)
-            choice = torch.multinomial(F.softmax(top, dim=-1), 1, generator=generator)  # (B, 1)
+            logits, _ = self(idx[:, -self.config.block_size :])  # (B, T, vocab_size)
+            logits = logits[:, -1].float()  # the last position predicts the next token: (B, vocab_size)
+            # sample one of the k most likely tokens
+            top_logits, top_idx = logits.topk(min(top_k, logits.shape[-1]))  # (B, k), (B, k)
+            probs = F.softmax(top_logits, dim=-1)
+            choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1), an index into the k
             idx = torch.cat((idx, top_idx.gather(1, choice)), dim=1)  # (B, T + 1)
         return idx
 
     @property
     def num_params(self):
-        """Parameters as published, without the padding of the vocabulary: 124,439,808 for the default config."""
-        padding = self.wte.num_embeddings - self.config.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+        """Number of parameters without the vocabulary padding: 124,439,808 for the default config."""
+        num_padding_rows = self.wte.num_embeddings - self.config.vocab_size
+        num_padded = sum(parameter.numel() for parameter in self.parameters())
+        return num_padded - num_padding_rows * self.config.n_embd
 
     def save_pretrained(self, directory):
-        """Write model.safetensors and config.json into directory as transformers' GPT2LMHeadModel does (fp32)."""
-        config, eot_token = self.config, {"gpt2": 50256, "bytes": 256}[self.config.tokenizer]
-        tensors = {}
-        for name, tensor in self.state_dict().items():
-            tensor = tensor[: config.vocab_size] if name == "wte.weight" else tensor
-            tensor = tensor.T if name.endswith(CONV1D) else tensor
-            tensors[f"transformer.{name}"] = tensor.detach().float().cpu().contiguous()
+        """Write model.safetensors and config.json as transformers' GPT2LMHeadModel does, in float32."""
+        # Hugging Face's layout differs in three points: the padding rows, the orientation of the matrices
+        # and a prefix of the names.
+        weights = {}
+        for name, weight in self.state_dict().items():
+            if name == "wte.weight":
+                weight = weight[: self.config.vocab_size]
+            if name.endswith(TRANSPOSED):
+                weight = weight.T
+            weights[f"transformer.{name}"] = weight.float().cpu().contiguous()
+        eot_token = VOCAB_SIZES[self.config.tokenizer] - 1
+        config = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "dtype": "float32",
+            "tokenizer": self.config.tokenizer,
+            "vocab_size": self.config.vocab_size,
+            "n_positions": self.config.block_size,
+            "n_layer": self.config.n_layer,
+            "n_head": self.config.n_head,
+            "n_embd": self.config.n_embd,
+            "n_inner": self.config.n_inner,
+            "activation_function": self.config.activation_function,
+            "layer_norm_epsilon": self.config.layer_norm_epsilon,
+            "resid_pdrop": self.config.dropout,
+            "embd_pdrop": self.config.dropout,
+            "attn_pdrop": self.config.dropout,
+            "bos_token_id": eot_token,
+            "eos_token_id": eot_token,
+        }
         os.makedirs(directory, exist_ok=True)
-        save_file(tensors, f"{directory}/model.safetensors", metadata={"format": "pt"})
-        hugging_face = {k: v for k, v in asdict(config).items() if k not in ("block_size", "dropout")}
-        hugging_face |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32"}
-        hugging_face |= {"n_positions": config.block_size, "bos_token_id": eot_token, "eos_token_id": eot_token}
-        hugging_face |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
-        with open(f"{directory}/config.json", "w", encoding="utf-8") as file:
-            json.dump(hugging_face, file, indent=2)
+        save_file(weights, f"{directory}/model.safetensors", metadata={"format": "pt"})
+        write_json(f"{directory}/config.json", config)
 
     @classmethod
-    def from_pretrained(cls, directory_or_name, **overrides):
-        """The GPT-2 in a directory, ours or Hugging Face's, or of a name on its hub; raises as read_pretrained.
+    def from_pretrained(cls, name, block_size=None, dropout=None):
+        """Load a GPT-2: a checkpoint, a run directory (its newest checkpoint), or a model of the Hub.
 
-        overrides are fields of GPTConfig: another dropout, or a smaller block_size, which crops the positions.
+        block_size may be smaller than the model's, which crops the position embeddings; dropout replaces
+        the stored value. Raises ValueError if there is no such model, or it is not a supported GPT-2.
         """
-        config, tensors = read_pretrained(directory_or_name)
-        config = {"tokenizer": "bytes" if config["vocab_size"] == VOCAB_SIZES["bytes"] else "gpt2"} | config
-        config |= {"block_size": config["n_positions"], "dropout": config.get("resid_pdrop", 0.1)} | overrides
-        if config["block_size"] > config["n_positions"]:
-            most = f"{directory_or_name} has {config['n_positions']} positions"
-            raise ValueError(f"{most}, too few for block_size {config['block_size']}: shorten it")
-        tensors["wpe.weight"] = tensors["wpe.weight"][: config["block_size"]]
-        model = cls(GPTConfig(**{name: config[name] for name in GPTConfig.__annotations__ if name in config}))
-        for name, parameter in model.named_parameters():
-            target = parameter[: model.config.vocab_size] if name == "wte.weight" else parameter
-            with torch.no_grad():
-                target.copy_(tensors[name].T if name.endswith(CONV1D) else tensors[name])
+        directory = find_pretrained(name)
+        # config.json tells the shape of the model
+        saved = read_config(directory)
+        config = GPTConfig(
+            vocab_size=saved["vocab_size"],
+            block_size=block_size or saved["n_positions"],
+            n_layer=saved["n_layer"],
+            n_head=saved["n_head"],
+            n_embd=saved["n_embd"],
+            n_inner=saved["n_inner"],
+            activation_function=saved["activation_function"],
+            dropout=saved["resid_pdrop"] if dropout is None else dropout,
+            layer_norm_epsilon=saved["layer_norm_epsilon"],
+            tokenizer=saved["tokenizer"],
+        )
+        if config.block_size > saved["n_positions"]:
+            raise ValueError(
+                f"--block_size {config.block_size} is larger than the {saved['n_positions']} positions "
+                f"of {name}: use a smaller --block_size"
+            )
+        weights = read_weights(directory, saved)
+        model = cls(config)
+        # Add the padding rows, which the files do not contain, and drop the positions beyond block_size.
+        padding = model.wte.weight[config.vocab_size :].detach()
+        weights["wte.weight"] = torch.cat((weights["wte.weight"].float(), padding))
+        if "wpe.weight" in weights and len(weights["wpe.weight"]) == saved["n_positions"]:
+            weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
+        try:
+            model.load_state_dict(weights, strict=True)
+        except RuntimeError as error:  # lists missing and unexpected names and wrong shapes, line by line
+            raise ValueError(f"{directory} does not match its config.json: {error}") from None
         return model
 
 
-# ----------------------------------------------------------------------------------------- data
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
+# --- copied block: pretrained ---
+ACTIVATIONS = {  # by their Hugging Face names; the first two are both GPT-2's
+    "gelu_new": nn.GELU(approximate="tanh"),
+    "gelu_pytorch_tanh": nn.GELU(approximate="tanh"),
+    "gelu": nn.GELU(),
+    "relu": nn.ReLU(),
+}
+# Hugging Face stores these weights as (in, out), because GPT-2's linear layers were written as convolutions.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-# --- copied block: get_tokenizer ---
-def get_tokenizer(name):
-    """The tiktoken.Encoding called name.
+def find_pretrained(name):
+    """Return the directory of a model: a directory, a run's newest checkpoint, or a download from the Hub.
 
-    "gpt2" has 50,257 tokens; tiktoken fetches its vocabulary once, or finds it in TIKTOKEN_CACHE_DIR, and
-    raises requests.RequestException where it cannot. "bytes" has 257, the 256 bytes and <|endoftext|>, and
-    never needs a network.
+    Raises ValueError if there is no such model, or it cannot be downloaded.
     """
-    if name == "gpt2":
-        return tiktoken.get_encoding("gpt2")
-    ranks = {bytes([i]): i for i in range(256)}
-    pieces = r"(?s:.{1,1000})"  # how text is cut before merging: with no merges any cut gives the same
-    return tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
+        checkpoints = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
+        if not checkpoints:
+            raise ValueError(f"{name} contains neither config.json nor step_NNNNNN: pass the directory of a model")
+        newest = max(checkpoints, key=lambda entry: int(entry.removeprefix("step_")))
+        return os.path.join(name, newest)
+    if os.path.isdir(name):
+        return name
+    if os.path.exists(name):
+        raise ValueError(f"{name} is a file: pass the directory that contains config.json and model.safetensors")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"{name} does not exist")
+    from huggingface_hub import snapshot_download  # imported here because it is slow
+
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+    try:
+        return snapshot_download(name, allow_patterns=patterns)
+    except Exception as error:  # the Hub, its HTTP client and its transfer library share no base class
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{name} is not a directory here, and cannot be downloaded from the Hugging Face Hub ({reason}): "
+            "check the name, run the same command again, or pass a local directory"
+        ) from None
 
 
-# --- end of copied block: get_tokenizer ---
-def tokenizer_files(name):
-    """What a checkpoint holds so that transformers finds its tokenizer: {file: bytes}; raises as get_tokenizer."""
-    if name == "gpt2":  # tiktoken has the two files of OpenAI's release in its cache
-        url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-        names = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
-        return {file: read_file_cached(f"{url}/{theirs}") for file, theirs in names.items()}
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as they are
-    others = [byte for byte in range(256) if byte not in printable]  # and these as the characters from 256 on
-    vocab = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    return {"vocab.json": json.dumps(vocab | {"<|endoftext|>": 256}).encode(), "merges.txt": b"#version: 0.2\n"}
+def read_config(directory):
+    """Return the config.json of a GPT-2, with GPT-2's values for missing fields. Raises ValueError if unsupported.
+
+    The field tokenizer, "gpt2" or "bytes", is added, and vocab_size is that of the tokenizer: rows of the token
+    embedding beyond it are padding, which some tools add.
+    """
+    path = f"{directory}/config.json"
+    try:
+        saved = read_json(path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}): it is not the directory of a model") from None
+    if saved.get("model_type") != "gpt2":
+        raise ValueError(f"{path}: model_type is {saved.get('model_type')!r}, but only gpt2 is supported")
+    defaults = {
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "n_inner": None,  # None means 4 * n_embd
+        "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": 0.1,
+        "activation_function": "gelu_new",
+        "tokenizer": None,
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
+    config = {name: saved.get(name, default) for name, default in defaults.items()}
+    if config["n_inner"] is None:
+        config["n_inner"] = 4 * config["n_embd"] if type(config["n_embd"]) is int else 0
+    for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner"):
+        if type(config[name]) is not int or not 0 < config[name] < 2**31:
+            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a positive integer")
+    for name in ("layer_norm_epsilon", "resid_pdrop"):
+        if type(config[name]) not in (int, float) or not 0 <= config[name] < 1:
+            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a number from 0 to 1")
+    if config["n_embd"] % config["n_head"]:
+        raise ValueError(f"{path}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
+    if config["activation_function"] not in list(ACTIVATIONS):
+        raise ValueError(f"{path}: activation_function {config['activation_function']!r} is not supported")
+    for name in ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+        if config[name] is not defaults[name]:
+            raise ValueError(f"{path}: {name} {config[name]!r} is not supported")
+    for tokenizer, vocab_size in (("gpt2", 50257), ("bytes", 257)):
+        # At most 511 rows of padding: vocabularies are padded to multiples of 512 at most.
+        if vocab_size <= config["vocab_size"] < vocab_size + 512 and config["tokenizer"] in (None, tokenizer):
+            config["tokenizer"], config["vocab_size"] = tokenizer, vocab_size
+            return config
+    raise ValueError(
+        f"{path}: vocab_size {config['vocab_size']} with tokenizer {config['tokenizer']!r} is not supported: "
+        "use 50257 (gpt2) or 257 (bytes)"
+    )
 
 
-# --- copied block: read_shard ---
-NPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00(..)\{'descr': '<u2', 'fortran_order': False, 'shape': \((\d+),\), \}", re.S
-)
-BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 1024  # llm.c's shards: 256 int32, then uint16 tokens
+def read_weights(directory, config):
+    """Return the parameters of a GPT-2 by name, with the shapes of nn.Linear and the tokenizer's vocab_size rows.
+
+    The weights may be stored with or without the prefix "transformer.", in one file or in shards with an index
+    file. Raises ValueError if they are damaged or not a GPT-2's.
+    """
+    file_names = ["model.safetensors"]
+    if os.path.exists(f"{directory}/model.safetensors.index.json"):
+        weight_map = read_json(f"{directory}/model.safetensors.index.json").get("weight_map")
+        file_names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+        if not file_names or not all(re.fullmatch(r"model[\w.-]*\.safetensors", name) for name in file_names):
+            raise ValueError(f"{directory}/model.safetensors.index.json does not list files of this directory")
+    elif not os.path.exists(f"{directory}/model.safetensors"):
+        if os.path.exists(f"{directory}/pytorch_model.bin"):
+            raise ValueError(
+                f"{directory} has its weights in pytorch_model.bin, a format that can run code: convert it with "
+                "transformers (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
+            )
+        raise ValueError(f"{directory} contains no model.safetensors: pass the directory of a model")
+    weights = {}
+    for file_name in file_names:
+        path = f"{directory}/{file_name}"
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot read {path} ({error})") from None
+        for name, tensor in tensors.items():
+            weights[name.removeprefix("transformer.")] = tensor
+    # transformers once stored each block's causal mask, and may store the output head, which is the embedding.
+    buffers = (".attn.bias", ".attn.masked_bias")
+    weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
+    embedding = weights.get("wte.weight")
+    head = weights.pop("lm_head.weight", embedding)
+    if embedding is None or (head is not embedding and not torch.equal(head, embedding)):
+        raise ValueError(f"{directory}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding")
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise ValueError(f"{directory}: {name} has dtype {weight.dtype}, but it must be floating point")
+        if name.endswith(TRANSPOSED) and weight.dim() == 2:
+            weights[name] = weight.T
+    weights["wte.weight"] = embedding[: config["vocab_size"]]
+    return weights
 
 
-def read_header(path):
-    """(bytes before the tokens, number of tokens) of a shard; raises ValueError if it is none."""
-    with open(path, "rb") as file:
-        head = file.read(BIN_HEADER)
-        size = file.seek(0, os.SEEK_END)
-    npy = NPY_HEADER.match(head)
-    if npy:
-        offset, count = 10 + int.from_bytes(npy[1], "little"), int(npy[2])
-    elif len(head) == BIN_HEADER and struct.unpack("<2i", head[:8]) == (BIN_MAGIC, BIN_VERSION):
-        offset, count = BIN_HEADER, struct.unpack("<i", head[8:12])[0]
-    else:
-        raise ValueError(f"{path} is no token shard: neither a one-dimensional uint16 .npy nor llm.c's .bin")
-    if size != offset + 2 * count:
-        raise ValueError(f"{path} has {size:,} bytes, its header promises {offset + 2 * count:,}: make it again")
-    return offset, count
-
-
-@lru_cache(maxsize=16)
-def open_shard(path):
-    """The tokens of a shard, mapped into memory: a read-only uint16 array (N,)."""
-    offset, count = read_header(path)
-    return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
-
-
-# --- end of copied block: read_shard ---
+# --- end of copied block: pretrained ---
+# ----------------------------------------------------------------------------------------- data
 # --- copied block: sha256_of ---
 def sha256_of(path):
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- end of copied block: sha256_of ---
-def read_meta(data_dir):
-    """The meta.json of a data set, or, for foreign shards that have none, what GPT-2's would say."""
+# --- copied block: read_json ---
+def read_json(path):
+    """Return the JSON object in a file as a dict. Raises ValueError if there is no such object, OSError if no file."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
     try:
-        with open(f"{data_dir}/meta.json", encoding="utf-8") as file:
-            meta = json.load(file)
-        sizes = {shard["file"]: int(shard["tokens"]) for shard in meta["shards"]}
-        checksums = {shard["file"]: shard["sha256"] for shard in meta["shards"]}
-        tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
-        if VOCAB_SIZES.get(tokenizer) != vocab_size:
-            raise ValueError(f"no tokenizer {tokenizer!r} has {vocab_size} tokens")
-        source = meta.get("source")
-        return dict(tokenizer=tokenizer, vocab_size=vocab_size, source=source, sizes=sizes, checksums=checksums)
-    except FileNotFoundError:
-        return dict(tokenizer="gpt2", vocab_size=VOCAB_SIZES["gpt2"], source=None, sizes={}, checksums={})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{data_dir}/meta.json cannot be read ({error!r}): make the shards again") from None
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not contain a JSON object")
+    return content
 
 
-class Windows:
-    """The shards of one split as windows of block_size + 1 tokens, in an order that depends on the seed alone.
+# --- end of copied block: read_json ---
+# --- copied block: read_meta ---
+VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
 
-    Windows tile a shard: each begins with the token that the one before ended with, so that every token but a
-    shard's first is a target once an epoch. An epoch visits the shards, and the windows of each shard, in a
-    random order that is drawn anew from (seed, epoch). Memory is O(shards) and one shard's order.
 
-    Raises ValueError for a shard that is damaged, disagrees with meta.json or holds an id >= vocab_size.
+def check_shards(shards, path):
+    """Raise ValueError if the list of shards in a JSON file is not what fineweb.py and prepare_shakespeare.py write."""
+    if not isinstance(shards, list):
+        raise ValueError(f"{path}: shards is not a list")
+    for shard in shards:
+        if not isinstance(shard, dict):
+            raise ValueError(f"{path}: {shard!r} does not describe a shard")
+        name, tokens, sha256 = shard.get("file"), shard.get("tokens"), shard.get("sha256")
+        # A plain name cannot point to a file outside the directory.
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.(npy|bin)", name):
+            raise ValueError(f"{path}: {name!r} is not the name of a shard")
+        if type(tokens) is not int or not 0 <= tokens < 2**62:
+            raise ValueError(f"{path}: {name} has {tokens!r} tokens")
+        if sha256 and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
+            raise ValueError(f"{path}: {sha256!r} is not a SHA-256")
+
+
+def read_meta(directory):
+    """Return the checked content of a data set's meta.json. Raises ValueError if it is damaged, OSError if missing."""
+    path = f"{directory}/meta.json"
+    meta = read_json(path)
+    tokenizer, vocab_size = meta.get("tokenizer"), meta.get("vocab_size")
+    if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != vocab_size:
+        raise ValueError(f"{path}: there is no tokenizer {tokenizer!r} with {vocab_size!r} tokens")
+    check_shards(meta.get("shards"), path)
+    return meta
+
+
+# --- end of copied block: read_meta ---
+# --- copied block: load_shard ---
+def load_shard(path):
+    """Memory-map a token shard, a .npy file or a .bin file in llm.c's format. Returns a uint16 array (N,).
+
+    Raises ValueError if the file is not a shard, or is shorter or longer than its header says.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
+    try:
+        if path.endswith(".npy"):
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            offset = getattr(tokens, "offset", 0)
+        else:  # 256 int32 (magic number, version, number of tokens, zeros), then the tokens
+            offset = 1024
+            magic, version, num_tokens = np.fromfile(path, dtype="<i4", count=3).tolist()
+            if (magic, version) != (20240520, 1):
+                raise ValueError("its first numbers are not 20240520 and 1")
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(num_tokens,))
+    except Exception as error:  # damaged headers raise many types of errors
+        raise ValueError(f"{path} is not a token shard ({error}): regenerate it") from None
+    if not isinstance(tokens, np.ndarray) or tokens.dtype != np.dtype("<u2") or tokens.ndim != 1:
+        raise ValueError(f"{path} is not a token shard (a one-dimensional uint16 array): regenerate it")
+    if os.path.getsize(path) != offset + tokens.nbytes:
+        raise ValueError(f"{path} is longer than its header says: regenerate it")
+    return tokens
+
+
+# --- end of copied block: load_shard ---
+# --- copied block: get_tokenizer ---
+def get_tokenizer(name):
+    """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
+
+    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes" needs no
+    network. Raises ValueError if the vocabulary cannot be loaded.
+    """
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # network, disk or a wrong file: these errors share no base class
+            raise ValueError(
+                f"cannot load GPT-2's vocabulary ({type(error).__name__}): connect to the network once, "
+                "or set TIKTOKEN_CACHE_DIR to a directory that contains it"
+            ) from None
+    byte_ranks = {bytes([i]): i for i in range(256)}
+    return tiktoken.Encoding(
+        name,
+        pat_str=r"(?s:.{1,1000})",  # where text is split does not matter, because no tokens are merged
+        mergeable_ranks=byte_ranks,
+        special_tokens={"<|endoftext|>": 256},
+    )
+
+
+# --- end of copied block: get_tokenizer ---
+class UserError(Exception):
+    """An error that the user can correct. The run ends with its message in one line and exit status 2."""
+
+
+class DataError(Exception):
+    """A shard was damaged or changed while the run was using it."""
+
+
+def read_data_set(data_dir):
+    """Check a directory of token shards and return its description, a dict with these keys:
+
+    tokenizer, vocab_size and source as in meta.json; shards, a list of dicts with file, tokens and sha256;
+    fingerprint, a short string that changes with the tokens and their order. Directories without meta.json,
+    such as build-nanogpt's and llm.c's, are taken to contain GPT-2 tokens. Raises ValueError or OSError.
+    """
+    if not os.path.isdir(data_dir):
+        raise ValueError(
+            f"--data_dir {data_dir} does not exist: create it with python prepare_shakespeare.py (seconds) "
+            "or python fineweb.py (hours)"
+        )
+    # Read meta.json. Files whose names begin with a dot are the operating system's (macOS writes ._NAME.npy).
+    names = sorted(name for name in os.listdir(data_dir) if not name.startswith("."))
+    if os.path.lexists(f"{data_dir}/meta.json"):
+        meta = read_meta(data_dir)
+    elif any(re.fullmatch(r"state_\d+\.json", name) for name in names):
+        raise ValueError(f"--data_dir {data_dir} is not finished: run the same fineweb.py command again")
+    else:
+        shards = [{"file": name} for name in names if re.fullmatch(r".+\.(npy|bin)", name)]
+        meta = {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"], "shards": shards}
+
+    # Compare each shard with its description, and look for impossible token ids, which a wrong tokenizer or
+    # a damaged file causes. 64M tokens are enough for that: start-up must be fast.
+    probe_size = max(1024, 2**26 // max(1, len(meta["shards"])))  # tokens per shard
+    digest = hashlib.sha256(f"{meta['tokenizer']} {meta.get('source')}".encode())
+    for shard in meta["shards"]:
+        if split_of(shard["file"]) is None:
+            continue
+        path = os.path.join(data_dir, shard["file"])
+        if shard["file"] not in names:
+            raise ValueError(f"{path} is missing, but meta.json lists it: regenerate the shards")
+        tokens = load_shard(path)
+        if shard.setdefault("tokens", len(tokens)) != len(tokens):
+            raise ValueError(f"{path} has {len(tokens)} tokens, but meta.json says {shard['tokens']}: regenerate it")
+        probe = tokens[:probe_size]
+        check_token_ids(probe, meta["vocab_size"], path)
+        # Without a checksum, the first tokens stand for the shard: a replaced shard will be noticed.
+        identity = shard.get("sha256") or hashlib.sha256(probe.tobytes()).hexdigest()
+        digest.update(f"{shard['file']} {len(tokens)} {identity}\n".encode())
+    return {
+        "tokenizer": meta["tokenizer"],
+        "vocab_size": meta["vocab_size"],
+        "source": meta.get("source"),
+        "shards": meta["shards"],
+        "fingerprint": f"{meta['tokenizer']}-{digest.hexdigest()[:12]}",
+    }
+
+
+def split_of(name):
+    """Return "train" or "val" for a shard's name, such as fineweb_train_000001.bin, or None."""
+    match = re.fullmatch(r"[^.].*_(train|val)(_\d+)?\.(npy|bin)", name)
+    return match[1] if match else None
+
+
+def check_token_ids(tokens, vocab_size, path):
+    """Raise ValueError if tokens (N,) contain an id that the vocabulary does not have."""
+    largest = int(tokens.max(initial=0))
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path} contains token id {largest}, but the vocabulary has {vocab_size} tokens: regenerate it"
+        )
+
+
+class TokenDataset:
+    """One split of a data set, cut into windows of block_size + 1 tokens, in a reproducible order.
+
+    A window holds block_size inputs and their targets, the same tokens shifted by one. Windows tile a shard:
+    consecutive windows share one token, so every token except a shard's first is a target exactly once per
+    epoch. An epoch visits the shards, and the windows of each shard, in a random order seeded with
+    (seed, epoch), or in file order without shuffle. A window's place depends on its index alone, which
+    is counted from the start of training, so that a resumed run sees the same data on any number of
+    processes. Memory: O(number of shards), plus one shard's permutation.
+
+    data_set is the dict of read_data_set. Raises UserError if the split has no window.
     """
 
-    def __init__(self, data_dir, split, meta, block_size, seed, shuffle):
-        pattern = re.compile(rf".*_{split}_\d+\.(npy|bin)")
-        found = set(os.listdir(data_dir))
-        names = sorted(name for name in found.union(meta["sizes"]) if pattern.fullmatch(name))
-        missing = [name for name in names if name not in found]
-        if missing or not names:
-            raise ValueError(f"{data_dir} has no {missing[0] if missing else f'{split} shard'}: make the shards again")
-        self.paths = [os.path.join(data_dir, name) for name in names]
-        self.block_size, self.seed, self.shuffle = block_size, seed, shuffle
-        self.vocab_size, self.checksums = meta["vocab_size"], meta["checksums"]
-        counts = np.array([read_header(path)[1] for path in self.paths])
-        for name, count in zip(names, counts, strict=True):
-            promised = meta["sizes"].get(name, "nothing") if meta["sizes"] else count
-            if count != promised:
-                raise ValueError(f"{data_dir}/{name} has {count} tokens, meta.json says {promised}: make it again")
-        self.identity = (split, names, counts.tolist())  # what a resumed run must find again
-        self.per_shard = np.maximum(counts - 1, 0) // block_size  # windows in each shard
-        self.total = int(self.per_shard.sum())  # windows in an epoch
-        if not self.total:
-            raise ValueError(f"{data_dir}: no {split} shard is longer than --block_size {block_size}: shorten it")
-        probed = self.paths[:: -(-len(self.paths) // 1024)]  # 64M tokens of 1,024 shards: start-up stays short
-        for path in probed:
-            largest = int(open_shard(path)[: 2**26 // len(probed)].max(initial=0))
-            if largest >= self.vocab_size:
-                raise ValueError(f"{path} has token id {largest}, its vocabulary {self.vocab_size}: make it again")
+    def __init__(self, data_dir, split, data_set, block_size, seed, shuffle):
+        shards = [shard for shard in data_set["shards"] if split_of(shard["file"]) == split]
+        shards = sorted(shards, key=lambda shard: shard["file"])
+        self.check_split(data_dir, split, shards)
+        self.paths = [os.path.join(data_dir, shard["file"]) for shard in shards]
+        self.checksums = [shard.get("sha256") for shard in shards]
+        self.num_tokens = np.array([shard["tokens"] for shard in shards])
+        self.vocab_size = data_set["vocab_size"]
+        self.block_size = block_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.windows_per_shard = np.maximum(self.num_tokens - 1, 0) // block_size
+        self.num_windows = int(self.windows_per_shard.sum())  # per epoch
+        if self.num_windows == 0:
+            raise UserError(
+                f"{data_dir}: no {split} shard is longer than --block_size {block_size}: use a smaller --block_size"
+            )
+        self.open_shards = {}  # shard number -> memory-mapped tokens
+        self.verified = set()  # numbers of the shards that match their checksums
+        self.epoch = None  # the epoch that shard_order and shard_ends belong to
+        self.permutation_key = None  # the (epoch, shard) that permutation belongs to
 
-    @lru_cache(maxsize=2)  # noqa: B019, the object lives as long as the process
-    def _shard_order(self, epoch):
-        order = np.arange(len(self.paths))
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch)).permutation(order)
-        return order, np.cumsum(self.per_shard[order])
-
-    @lru_cache(maxsize=2)  # noqa: B019
-    def _window_order(self, epoch, shard):
-        return np.random.default_rng((self.seed, epoch, shard)).permutation(self.per_shard[shard])
+    @staticmethod
+    def check_split(data_dir, split, shards):
+        """Raise UserError if a split has no shards; the message says what the directory contains."""
+        if shards:
+            return
+        names = sorted(os.listdir(data_dir))
+        if f"{split}.bin" in names:
+            raise UserError(
+                f"{data_dir}/{split}.bin looks like nanoGPT's format, which has no header: create shards "
+                "from the text with prepare_shakespeare.py or fineweb.py"
+            )
+        listing = ", ".join(names[:5]) or "nothing"
+        raise UserError(
+            f"{data_dir} contains no shard named *_{split}.bin, *_{split}_000000.npy or similar, "
+            f"but {listing}: regenerate the shards, or pass another --data_dir"
+        )
 
     def locate(self, index):
-        """Where the index-th window of the whole run is: (number of its shard, offset of its first token)."""
-        epoch, index = divmod(index, self.total)
-        order, ends = self._shard_order(epoch)
-        place = int(np.searchsorted(ends, index, side="right"))
-        shard = int(order[place])
-        window = index - (int(ends[place - 1]) if place else 0)
+        """Return (shard number, offset of the first token) of the window with this index."""
+        epoch, index = divmod(index, self.num_windows)
+        # the order of the shards in this epoch, which most calls find as the last call left it
+        if epoch != self.epoch:
+            order = np.arange(len(self.paths))
+            if self.shuffle:
+                order = np.random.default_rng((self.seed, epoch)).permutation(order)
+            self.epoch = epoch
+            self.shard_order = order
+            self.shard_ends = np.cumsum(self.windows_per_shard[order])  # windows up to each shard's end
+        # the shard that contains the index-th window of the epoch, then the window in that shard
+        place = int(np.searchsorted(self.shard_ends, index, side="right"))
+        shard = int(self.shard_order[place])
+        window = index - int(self.shard_ends[place] - self.windows_per_shard[shard])
         if self.shuffle:
-            window = int(self._window_order(epoch, shard)[window])
+            window = int(self.shuffled_windows(epoch, shard)[window])
         return shard, window * self.block_size
 
-    @cache  # noqa: B019
-    def _verify(self, path):  # when a shard's turn comes: start-up would take minutes for all of them
-        promised = self.checksums.get(os.path.basename(path))
-        if promised and sha256_of(path) != promised:
-            fail(f"{path} is not as it was written: make it again and --resume", only_here=True)
+    def shuffled_windows(self, epoch, shard):
+        """Return the order in which an epoch visits the windows of a shard."""
+        if self.permutation_key != (epoch, shard):
+            rng = np.random.default_rng((self.seed, epoch, shard))
+            self.permutation = rng.permutation(self.windows_per_shard[shard])
+            self.permutation_key = (epoch, shard)
+        return self.permutation
+
+    def open_shard(self, shard):
+        """Return the tokens of a shard. Its checksum is verified when the shard is first used.
+
+        Hashing all shards when the run starts would take minutes. Raises DataError.
+        """
+        if shard not in self.open_shards:
+            path = self.paths[shard]
+            # the file may have changed since read_data_set saw it
+            try:
+                tokens = load_shard(path)
+                if len(tokens) != self.num_tokens[shard]:
+                    raise ValueError(f"{path} has changed since the run started")
+                checksum = self.checksums[shard]
+                if checksum and shard not in self.verified and sha256_of(path) != checksum:
+                    raise ValueError(f"{path} does not match its SHA-256 in meta.json")
+            except (OSError, ValueError) as error:
+                raise DataError(f"{error}: regenerate it, then continue with --resume") from None
+            self.verified.add(shard)
+            # keep 16 files open: close the one that was opened first
+            if len(self.open_shards) == 16:
+                self.open_shards.pop(next(iter(self.open_shards)))
+            self.open_shards[shard] = tokens
+        return self.open_shards[shard]
+
+    def check_open_shards(self):
+        """Raise DataError if an open shard was truncated: reading it would kill the process (SIGBUS)."""
+        for shard, tokens in self.open_shards.items():
+            path = self.paths[shard]
+            if not os.path.exists(path) or os.path.getsize(path) < tokens.nbytes:
+                raise DataError(f"{path} is missing or truncated: regenerate it, then continue with --resume")
 
     def batch(self, indices):
-        """Inputs and targets, each int64 (B, T), of the windows whose indices are given."""
-        rows = []
+        """Return the windows with these indices as an int64 tensor (B, block_size + 1). Raises DataError."""
+        windows = []
         for index in indices:
             shard, start = self.locate(index)
-            self._verify(self.paths[shard])
-            rows.append(open_shard(self.paths[shard])[start : start + self.block_size + 1])
-            if rows[-1].max() >= self.vocab_size:  # where the probe did not look
-                place = f"{self.paths[shard]} has token id {rows[-1].max()} near token {start}"
-                fail(f"{place}, its vocabulary {self.vocab_size}: make it again and --resume", only_here=True)
-        windows = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
-        return windows[:, :-1], windows[:, 1:]
-
-
-# ------------------------------------------------------------------------------------ evaluation
-def to_device(batch, device):
-    """The tensors of a batch on device; on a GPU the copy overlaps what runs there."""
-    if device.type == "cuda":
-        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
-    return [tensor.to(device) for tensor in batch]
-
-
-@torch.no_grad()
-def evaluate(model, windows, val_tokens, batch_size, rank, world_size, device, autocast, caught=()):
-    """Mean loss in nats over the first val_tokens of a split, the same windows whatever the world size.
-
-    None if any rank has caught a signal: it leaves its share undone.
-    """
-    model.eval()
-    n = max(1, min(val_tokens // windows.block_size, windows.total))
-    total = torch.zeros(2, device=device)  # the sum of the losses, and how many ranks are to stop
-    for first in range(rank * batch_size, n, world_size * batch_size):
-        if caught:
-            total[1] = 1
-            break
-        indices = range(first, min(first + batch_size, n))
-        x, y = to_device(windows.batch(indices), device)
-        with autocast:
-            total[0] += model(x, y)[1] * len(indices)
-    if world_size > 1:
-        dist.all_reduce(total)
-    loss, stopped = total.tolist()
-    return None if stopped else loss / n
-
-
-# --- copied block: read_hellaswag ---
-HELLASWAG_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-HELLASWAG_PATH = "hellaswag/hellaswag_val.jsonl"
-HELLASWAG_SIZE = 10042  # examples
-
-
-def read_hellaswag(path, enc, size=None):
-    """The examples of a file, tokenised: (ind, label, context, endings), the last a list of ids and four lists.
-
-    A line is a JSON object with the authors' number of the example ("ind"), the number of the right ending
-    ("label", 0 to 3), the context ("ctx") and "endings". Raises ValueError, in one line, where there is
-    another line or not size of them, and OSError where there is no file.
-    """
-    examples = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+            window = self.open_shard(shard)[start : start + self.block_size + 1]
+            # read_data_set looked only at the beginning of the shard
             try:
-                ind, label, context, endings = map(dict(json.loads(line)).get, ("ind", "label", "ctx", "endings"))
-                types = [type(label), type(context), type(endings), *map(type, endings)]
-                if types != [int, str, list, str, str, str, str] or label not in range(4) or not context:
-                    raise ValueError(f"its 'label' must be 0 to 3, not {label!r}, its 'ctx' a text, its 'endings' four")
-            except (ValueError, TypeError, RecursionError) as error:
-                raise ValueError(f"line {number} of {path} is no HellaSwag example: {error}") from None
-            endings = [enc.encode_ordinary(f" {ending}") for ending in endings]
-            examples.append((ind, label, enc.encode_ordinary(context), endings))
-    if not examples or size and len(examples) != size:
-        raise ValueError(f"{path} has {len(examples)} examples, not {size or 'one or more'}")
-    return examples
+                check_token_ids(window, self.vocab_size, self.paths[shard])
+            except ValueError as error:
+                raise DataError(f"{error}, then continue with --resume") from None
+            windows.append(window)
+        return torch.from_numpy(np.stack(windows).astype(np.int64))
 
 
-def fetch_hellaswag(enc):
-    """read_hellaswag of the validation set, after downloading it to HELLASWAG_PATH if it is not there.
+def to_device(tensor, device):
+    """Copy a tensor to the device; to a GPU asynchronously, while it computes something else."""
+    if device.type == "cuda":
+        # Only copies from pinned memory are asynchronous, and pinning needs a contiguous tensor.
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
-    The file gets there when it is whole, which its number of examples tells: there is no published checksum.
-    Raises as read_hellaswag does, and ValueError where it cannot be fetched.
+
+def load_batch(dataset, indices, device):
+    """Return inputs x (B, T) and targets y (B, T), which are one token later, on the device."""
+    windows = to_device(dataset.batch(indices), device)  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+class BatchLoader:
+    """Loads this rank's micro-batches of the training data onto the device.
+
+    Micro-steps are counted from the start of training. In each of them every rank takes micro_batch_size windows.
     """
-    if os.path.exists(HELLASWAG_PATH):
-        return read_hellaswag(HELLASWAG_PATH, enc, HELLASWAG_SIZE)
-    temporary = f"{HELLASWAG_PATH}.{os.getpid()}.tmp"
-    try:
-        with requests.get(HELLASWAG_URL, stream=True, timeout=30) as response:
-            response.raise_for_status()
-            os.makedirs(os.path.dirname(HELLASWAG_PATH), exist_ok=True)
-            with open(temporary, "wb") as file:
-                for chunk in tqdm(response.iter_content(2**20), unit="MiB", disable=None):
-                    file.write(chunk)
-        examples = read_hellaswag(temporary, enc, HELLASWAG_SIZE)
-        os.replace(temporary, HELLASWAG_PATH)
-        return examples
-    except (requests.RequestException, ValueError) as error:
-        raise ValueError(f"{HELLASWAG_URL} cannot be fetched, or came damaged ({error})") from None
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(temporary)
+
+    def __init__(self, dataset, micro_batch_size, rank, world_size, device):
+        self.dataset = dataset
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+
+    def indices(self, micro_step):
+        """Return the indices of the windows that this rank takes in a micro-step."""
+        first = (micro_step * self.world_size + self.rank) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+    def load(self, micro_step):
+        """Return inputs and targets, each (micro_batch_size, T)."""
+        return load_batch(self.dataset, self.indices(micro_step), self.device)
 
 
-# --- end of copied block: read_hellaswag ---
-@torch.no_grad()
-def evaluate_hellaswag(model, examples, rank, world_size, device, autocast, caught=()):
-    """The share of examples whose right ending has the smallest mean loss of its tokens (acc_norm), over all ranks.
-
-    examples are read_hellaswag's; hellaswag.py says more of them. None if any rank has caught a signal.
-    """
-    model.eval()
-    total = torch.zeros(2, device=device)  # right answers, and how many ranks are to stop
-    for first in range(8 * rank, len(examples), 8 * world_size):
-        if caught:
-            total[1] = 1
-            break
-        batch = examples[first : first + 8]
-        rows = [(context, ending) for _, _, context, endings in batch for ending in endings]
-        T = min(max(len(context + ending) for context, ending in rows), model.config.block_size)
-        idx, is_ending = torch.zeros(2, len(rows), T, dtype=torch.long)  # (B, T) each; what fills a row up is no matter
-        for i, (context, ending) in enumerate(rows):
-            ids = (context + ending)[-T:]
-            idx[i, : len(ids)] = torch.tensor(ids)
-            is_ending[i, max(0, len(ids) - len(ending)) : len(ids)] = 1
-        idx, is_ending = to_device((idx, is_ending[:, 1:]), device)
-        with autocast:
-            logits = model(idx)[0][:, :-1]  # (B, T - 1, V)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), idx[:, 1:].flatten(), reduction="none")
-        means = (losses.view_as(is_ending) * is_ending).sum(1) / is_ending.sum(1)  # (B,)
-        labels = torch.tensor([label for _, label, _, _ in batch], device=device)
-        total[0] += (means.view(-1, 4).argmin(1) == labels).sum()
-    if world_size > 1:
-        dist.all_reduce(total)
-    right, stopped = total.tolist()
-    return None if stopped else right / len(examples)
-
-
-def sample(model, enc, prompt, max_new_tokens, device, autocast):
-    """Two continuations of prompt, as text that is safe to print; the random numbers are the sampler's own."""
-    ids = enc.encode_ordinary(prompt) or [enc.eot_token]
-    idx = torch.tensor([ids] * 2, device=device)  # (2, T)
-    generator = torch.Generator(device).manual_seed(42)
-    with autocast:
-        idx = model.generate(idx, max_new_tokens, generator)
-    texts = (enc.decode(row) for row in idx.tolist())
-    return ["".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text) for text in texts]
-
-
-# ---------------------------------------------------------------------------------- optimization
+# ------------------------------------------------------------------------------------ optimizer
 # --- copied block: get_lr ---
 def get_lr(step, learning_rate, warmup_steps, max_steps):
-    """The learning rate of a step: a linear warmup, then half a cosine down to a tenth at max_steps."""
+    """Return the learning rate of a step: linear warmup, then cosine decay to 10 % of the peak at max_steps."""
+    min_lr = 0.1 * learning_rate
+    # 1) linear warmup; step 0 already has a learning rate above 0
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))  # 0 to 1
-    return learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))  # the factor goes 1 to 0.1
+    # 2) after the last step
+    if step >= max_steps:
+        return min_lr
+    # 3) in between: the factor falls from 1 to 0 along half a cosine
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)
+    factor = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return min_lr + factor * (learning_rate - min_lr)
 
 
 # --- end of copied block: get_lr ---
 def get_linear_lr(step, learning_rate, warmup_steps, max_steps):
-    """The learning rate of a step: a linear warmup, a plateau, then over the last 60 % of steps straight to zero."""
-    return learning_rate * min(1.0, (step + 1) / max(1, warmup_steps), (max_steps - step) / (0.6 * max_steps))
+    """Return the learning rate of a step: linear warmup, constant, then linear decay to zero.
+
+    The decay takes the last 60 % of the steps, as in modded-nanogpt's recipes for Muon.
+    """
+    # factors that reach 1 at the end of the warmup, and leave 1 at the beginning of the decay
+    warmup = (step + 1) / max(1, warmup_steps)
+    decay = (max_steps - step) / (0.6 * max_steps)
+    return learning_rate * min(1.0, warmup, decay)
 
 
 SCHEDULES = {"cosine": get_lr, "linear": get_linear_lr}
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every update is made orthogonal, for the matrices of the blocks ("Muon", Jordan et al., 2024).
+    """Muon: SGD with momentum whose updates are orthogonalized ("Muon", Keller Jordan et al., 2024).
 
-    The numbers are torch.optim.Muon's with adjust_lr_fn="match_rms_adamw" (which takes AdamW's learning rates).
-    Beyond it, q, k and v are matrices of their own, the ranks share the work, and a CPU, whose bfloat16
-    is slow, computes in float32. The momentum stands on every rank: checkpoints fit any number of them.
+    The update of a weight matrix is usually dominated by a few directions. Muon replaces it by the nearest
+    matrix whose singular values are all about 1, so that rare directions are learned as fast as common ones.
+    It is meant for the weight matrices of the blocks only. Embeddings, biases and norms need AdamW: their
+    updates have no such structure. c_attn holds three matrices, those of the queries, keys and
+    values, which are orthogonalized separately, because they have no directions in common.
+
+    Matrices of equal shape are stacked and orthogonalized together. With several ranks each rank
+    orthogonalizes its part of every stack, and the results are gathered, so that all ranks make the same
+    update. Every rank keeps all momentum buffers, so a checkpoint can be resumed with any world size.
+
+    Arguments:
+        blocks: the module whose two-dimensional parameters are optimized.
+        learning_rate: step size. Updates are scaled to the RMS of AdamW's, about 0.2 ("Muon is Scalable
+            for LLM Training", 2025, equation 4), so that AdamW's learning rates are a good start.
+        weight_decay: decoupled weight decay, as in AdamW.
+        rank, world_size: which part of the work this process does.
     """
 
     def __init__(self, blocks, learning_rate, weight_decay, rank, world_size):
-        matrices = {name: p for name, p in blocks.named_parameters() if p.dim() == 2}
-        self.parts = {p: 3 if name.endswith("c_attn.weight") else 1 for name, p in matrices.items()}  # q, k and v
-        self.rank, self.world_size = rank, world_size
-        super().__init__(matrices.values(), dict(lr=learning_rate, weight_decay=weight_decay, momentum=0.95))
+        self.num_parts = {}  # parameter -> number of matrices in it
+        for name, parameter in blocks.named_parameters():
+            if parameter.dim() == 2:
+                self.num_parts[parameter] = 3 if name.endswith("c_attn.weight") else 1
+        self.rank = rank
+        self.world_size = world_size
+        defaults = {"lr": learning_rate, "weight_decay": weight_decay, "momentum": 0.95}
+        super().__init__(list(self.num_parts), defaults)
 
     @torch.no_grad()
     def step(self):
-        (group,) = self.param_groups
-        sent = []
-        for i, p in enumerate(group["params"]):
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-            momentum = self.state[p]["momentum"]
-            momentum.lerp_(p.grad, 1 - group["momentum"])
-            owner = i % self.world_size
-            if owner == self.rank:
-                update = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
-                update = orthogonalize(update.view(self.parts[p], -1, p.shape[1]))  # (parts, out, in)
-                scale = 0.2 * max(update.shape[1:]) ** 0.5  # the RMS of AdamW's updates is about 0.2
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
-            if self.world_size > 1:
-                sent.append(dist.broadcast(p, src=owner, async_op=True))
-        for work in sent:
-            work.wait()
+        """Update all parameters from their gradients."""
+        group = self.param_groups[0]
+        # compute each matrix's update, and stack updates of equal shape
+        stacks = {}  # shape of a matrix -> [(parameter, updates of its parts)]
+        for parameter in group["params"]:
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter)
+            # Nesterov momentum: look one step ahead of the running average of the gradients.
+            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+            update = parameter.grad.lerp(state["momentum"], group["momentum"])
+            update = update.view(self.num_parts[parameter], -1, parameter.shape[1])  # (parts, out, in)
+            stacks.setdefault(update.shape[1:], []).append((parameter, update))
+
+        # orthogonalize each stack, and apply its updates
+        for shape, members in stacks.items():
+            updates = torch.cat([update for _, update in members])  # (matrices, out, in)
+            updates = self.orthogonalize_in_parallel(updates)
+            scale = 0.2 * max(shape) ** 0.5  # an orthogonal matrix has an RMS of max(shape) ** -0.5
+            sizes = [len(update) for _, update in members]
+            for (parameter, _), update in zip(members, updates.split(sizes), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
+
+    def orthogonalize_in_parallel(self, matrices):
+        """Return orthogonalize(matrices), matrices (N, m, n), with the work shared by all ranks."""
+        if self.world_size == 1:
+            return orthogonalize(matrices)
+        # Each rank takes an equal number of matrices; zeros fill up the last rank's part.
+        per_rank = math.ceil(len(matrices) / self.world_size)
+        padding = per_rank * self.world_size - len(matrices)
+        padded = torch.cat((matrices, matrices.new_zeros(padding, *matrices.shape[1:])))
+        own = orthogonalize(padded[self.rank * per_rank : (self.rank + 1) * per_rank])
+        gathered = own.new_empty(padded.shape)
+        dist.all_gather_into_tensor(gathered, own.contiguous())
+        return gathered[: len(matrices)]
 
 
-def orthogonalize(x, steps=5):
-    """The matrices x (..., m, n) with all singular values moved near 1, by Newton and Schulz's iteration.
+def orthogonalize(x):
+    """Orthogonalize matrices x (N, m, n) approximately: all singular values end up between 0.7 and 1.2.
 
-    A quintic whose coefficients are chosen to lift small singular values fast; they end between 0.7 and 1.2.
+    Five quintic Newton-Schulz iterations. Their coefficients are chosen to raise small singular values
+    quickly rather than to converge exactly (Jordan et al., 2024). On GPUs they run in bfloat16, which is
+    precise enough; most CPUs compute slowly in bfloat16.
     """
-    x = x.bfloat16() if x.device.type == "cuda" else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1
-    x = x.mT if (tall := x.shape[-2] > x.shape[-1]) else x
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
+    if x.device.type == "cuda":
+        x = x.bfloat16()
+    # x x^T is smaller than x^T x if x has fewer rows than columns
+    is_tall = x.shape[1] > x.shape[2]
+    if is_tall:
+        x = x.mT
+    # the iteration needs singular values of at most 1, and the norm is at least the largest of them
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
+        gram = x @ x.mT  # (N, m, m)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x.mT if is_tall else x
 
 
-def make_optimizers(model, name, learning_rate, weight_decay, device, rank, world_size):
-    """AdamW as GPT-3's for all parameters, or for those that Muon is not for; biases and norms do not decay."""
-    optimizers, parameters = [], list(model.parameters())
-    if name == "muon":
-        optimizers = [Muon(model.h, learning_rate, weight_decay, rank, world_size)]
-        parameters = [p for p in parameters if p not in optimizers[0].parts]
+def configure_optimizers(model, optimizer, learning_rate, weight_decay, device, rank=0, world_size=1):
+    """Return the list of optimizers: [AdamW], or [Muon, AdamW] with Muon for the matrices of the blocks.
+
+    AdamW has the settings of GPT-3. Biases and layer norms are not decayed: they have few parameters, and
+    pulling them to zero would only limit what the model can express.
+    """
+    optimizers = []
+    # Muon takes the matrices of the blocks
+    muon_parameters = set()
+    if optimizer == "muon":
+        muon = Muon(model.h, learning_rate, weight_decay, rank, world_size)
+        muon_parameters = set(muon.num_parts)
+        optimizers.append(muon)
+    # AdamW takes the other parameters, in two groups
+    parameters = [parameter for parameter in model.parameters() if parameter not in muon_parameters]
     groups = [
         {"params": [p for p in parameters if p.dim() == 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = device.type in ("cpu", "cuda")
-    return [*optimizers, torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)]
+    fused = device.type in ("cpu", "cuda")  # one kernel for all parameters
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    optimizers.append(adamw)
+    return optimizers
 
 
-def matmul_peak(device, dtype):
-    """FLOP/s of a large square matrix product, the best of half a second: what the device can really do."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    seconds, begin = math.inf, time.perf_counter()
-    while time.perf_counter() < begin + 0.5:
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the result
-        seconds = min(seconds, time.perf_counter() - start)
-    return 2 * n**3 / seconds
+def clip_gradients(model, optimizers, scaler, grad_clip):
+    """Clip the norm of all gradients together to grad_clip. Returns the norm before clipping, a tensor."""
+    # float16 only: divide the gradients by the factor that the loss was multiplied with
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    return nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
 
 
-def try_compile(device):
-    """Why torch.compile does not work on device, None if it does: it needs a C++ compiler, on GPUs Triton."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
-    except Exception as error:  # its parts fail in many ways
-        return " ".join(str(error).split("\n\n")[0].split())
-    return None
+def update_parameters(optimizers, scaler, lr, norm):
+    """Let the optimizers make one step with learning rate lr."""
+    # If a gradient overflowed in float16, no parameter moves, and the scaler halves its factor. Reading the
+    # norm waits for the device; the other dtypes do not wait here.
+    skip = scaler.is_enabled() and not math.isfinite(norm)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if not skip:
+            scaler.step(optimizer)
+    scaler.update()
 
 
-def keep_freed_memory():
-    """Have the C library keep memory that is freed, where it can be told to (glibc).
+# ----------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def evaluate(model, raw_model, dataset, val_tokens, batch_size, rank, world_size, device, autocast, stop):
+    """Return the mean loss in nats over the first val_tokens of a split, shared by all ranks.
 
-    A step of a large model on a CPU takes and frees gigabytes; new pages from the system cost a tenth of its time.
+    The windows do not depend on the world size. model may be compiled: it gets whole batches only, because
+    it would be compiled again for another size; raw_model takes a smaller last batch. If a stop is
+    requested, the value means nothing, and the caller must discard it.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
-    with suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
+    raw_model.eval()
+    dataset.check_open_shards()
+    # at least one window, at most the whole split
+    num_windows = max(1, min(val_tokens // dataset.block_size, dataset.num_windows))
+    total = torch.zeros((), device=device)
+    # the ranks take turns: rank r evaluates the batches r, r + world_size, ...
+    for first in range(rank * batch_size, num_windows, world_size * batch_size):
+        if stop.reason:
+            break
+        indices = range(first, min(first + batch_size, num_windows))
+        x, y = load_batch(dataset, indices, device)
+        forward = model if len(indices) == batch_size else raw_model
+        with autocast:
+            _, loss = forward(x, y)
+        total += loss * len(indices)
+    if world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / num_windows
 
 
-def draw_curves(log_dir):
-    """Start plot.py, where it stands beside this file, on the run so far; whatever becomes of it, the run goes on."""
-    plot = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plot.py")
-    if os.path.exists(plot) and importlib.util.find_spec("matplotlib"):
-        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        with suppress(OSError):
-            subprocess.Popen(["nice", sys.executable, plot, log_dir], start_new_session=True, **silent)
+def load_hellaswag(path, block_size):
+    """Return the arrays that hellaswag.py --prepare wrote, a dict. Raises ValueError with the reason.
+
+    tokens (N, 4, T): context and ending of each of the four choices, filled up with zeros.
+    context_length (N,) and length (N, 4): number of tokens of the context, and of context and ending.
+    label (N,): number of the correct ending. The examples are sorted by length, so that batches
+    need little padding.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing: create it with python hellaswag.py --prepare")
+    # damaged files raise many types of errors
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in ("tokens", "context_length", "length", "label")}
+        N, num_endings, T = data["tokens"].shape
+        shapes = [data[name].shape for name in ("context_length", "length", "label")]
+        if num_endings != 4 or shapes != [(N,), (N, 4), (N,)] or data["length"].max() > T:
+            raise ValueError("the shapes of its arrays do not fit together")
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({error}): create it with hellaswag.py --prepare") from None
+    longest = data["length"].max()
+    if longest > block_size:
+        raise ValueError(f"its longest example has {longest} tokens, but --block_size is {block_size}")
+    return data
 
 
-# ----------------------------------------------------------------------------------- checkpoints
-SHAPE_FLAGS = ("n_layer", "n_head", "n_embd")  # which --init_from decides
-RESULT_FLAGS = (  # what a resumed run must share with its beginning: they decide what the model becomes
-    *("data", "shuffle", "seed", *SHAPE_FLAGS, "block_size"),
-    *("dropout", "total_batch_size", "max_steps", "learning_rate", "warmup_steps", "weight_decay", "grad_clip"),
-    *("optimizer", "schedule"),
+# cuDNN's attention is the fastest one for training, but plans anew for each sequence length, which takes
+# longer than computing it. Where the length changes all the time, these kernels are faster.
+ANY_LENGTH_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@torch.no_grad()
+def evaluate_hellaswag(model, data, micro_batch_size, rank, world_size, device, autocast, stop):
+    """Return the HellaSwag accuracy acc_norm, computed by all ranks together.
+
+    Each example has a context and four endings, one of them correct. The model's choice is the ending with
+    the lowest mean loss per token; acc_norm is the fraction of examples with the correct choice. hellaswag.py
+    explains it with an example. data is the dict of load_hellaswag. Batches are at most as large as a
+    training micro-batch, and 32 examples.
+    If a stop is requested, the value means nothing, and the caller must discard it.
+    """
+    model.eval()
+    block_size = model.config.block_size
+    batch_size = micro_batch_size * block_size // (4 * int(data["length"].max()))  # examples
+    batch_size = max(1, min(32, batch_size))
+    num_correct = torch.zeros((), device=device)
+    for first in range(rank * batch_size, len(data["label"]), world_size * batch_size):
+        if stop.reason:
+            break
+        batch = slice(first, first + batch_size)
+        # Padding to multiples of 64 keeps the number of different lengths small.
+        T = math.ceil(data["length"][batch].max() / 64) * 64
+        T = min(T, block_size, data["tokens"].shape[2])
+        tokens = torch.from_numpy(data["tokens"][batch, :, :T].astype(np.int64))
+        tokens = to_device(tokens, device)  # (B, 4, T)
+        context_length = to_device(torch.from_numpy(data["context_length"][batch]), device)  # (B,)
+        length = to_device(torch.from_numpy(data["length"][batch]), device)  # (B, 4)
+        label = to_device(torch.from_numpy(data["label"][batch]), device)  # (B,)
+
+        # the loss of each token given the tokens before it
+        with autocast, sdpa_kernel(ANY_LENGTH_BACKENDS):
+            logits, _ = model(tokens.flatten(0, 1))  # (4B, T, V)
+        logits = logits[:, :-1].flatten(0, 1).float()  # (4B * (T - 1), V)
+        targets = tokens[:, :, 1:]  # (B, 4, T - 1)
+        losses = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+
+        # the mean over the tokens of each ending, without context and padding
+        position = torch.arange(1, T, device=device)  # of the targets
+        is_ending = (position >= context_length[:, None, None]) & (position < length[:, :, None])
+        mean_loss = (losses * is_ending).sum(dim=2) / is_ending.sum(dim=2)  # (B, 4)
+        num_correct += (mean_loss.argmin(dim=1) == label).sum()
+    if world_size > 1:
+        dist.all_reduce(num_correct)
+    return num_correct.item() / len(data["label"])
+
+
+def generate_samples(model, enc, args, device, autocast, rank, val_loss):
+    """Return two continuations of args.prompt as printable text.
+
+    There are none without a tokenizer, on ranks above 0, and from a model whose val_loss is not finite. Uses
+    its own random generator, so sampling does not affect training.
+    """
+    if enc is None or rank != 0 or not math.isfinite(val_loss):
+        return []
+    tokens = enc.encode_ordinary(args.prompt) or [enc.eot_token]
+    idx = torch.tensor([tokens, tokens], device=device)  # (2, T)
+    generator = torch.Generator(device).manual_seed(42)
+    with autocast, sdpa_kernel(ANY_LENGTH_BACKENDS):
+        idx = model.generate(idx, args.max_new_tokens, generator)
+    # control characters could confuse a terminal
+    samples = []
+    for row in idx.tolist():
+        text = enc.decode(row)
+        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+        samples.append(text)
+    return samples
+
+
+# -------------------------------------------------------------------------------- run directory
+# These flags, and the data, decide what the model becomes: a resumed run must have the same values. The other
+# flags may change. --dtype changes the result slightly; it may change after a warning.
+RESULT_FLAGS = (
+    "seed",
+    "shuffle",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "block_size",
+    "dropout",
+    "total_batch_size",
+    "max_steps",
+    "optimizer",
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "weight_decay",
+    "grad_clip",
 )
+CHECKPOINT_FORMAT = 2  # changes when older checkpoints cannot be resumed
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # what Python, torch.save and save_file raise on a full disk
 
 
-def list_checkpoints(log_dir):
-    """The directories of the checkpoints in log_dir, oldest first."""
-    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
-    names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
-    return [f"{log_dir}/{name}" for name in sorted(names, key=lambda name: int(name[5:]))]
+class RunDirectory:
+    """A run's --log_dir: a lock, log.txt, run.json, and checkpoints named step_NNNNNN.
 
-
-def save_checkpoint(log_dir, step, model, tokenizer, optimizers, scaler, args):
-    """Write log_dir/step_NNNNNN, whole or not at all, and drop the oldest beyond args.keep_checkpoints.
-
-    model.safetensors, config.json and tokenizer, the content of files by name, are a Hugging Face model,
-    trainer.pt holds what only training needs, and sha256.json tells whether all of it is still what was written.
-    Raises one of DISK_ERRORS.
+    A checkpoint is written to a temporary directory, flushed to disk and renamed, so that it is either
+    complete or absent, whenever the process is killed. Its sha256.json lets a later run detect damage. Only
+    rank 0 writes.
     """
-    final, temporary = f"{log_dir}/step_{step:06d}", f"{log_dir}/tmp_step_{step:06d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary)
-        for name, content in tokenizer.items():
-            with open(f"{temporary}/{name}", "wb") as file:
-                file.write(content)
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        trainer = {"step": step, "optimizers": states, "scaler": scaler.state_dict(), "args": vars(args)}
-        torch.save(trainer, f"{temporary}/trainer.pt")
-        checksums = {name: sha256_of(f"{temporary}/{name}") for name in sorted(os.listdir(temporary))}
-        with open(f"{temporary}/sha256.json", "w", encoding="utf-8") as file:
-            json.dump(checksums, file, indent=1)
-        for path in (*(f"{temporary}/{name}" for name in os.listdir(temporary)), temporary):
-            fsync(path)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one that the run has passed again
-        os.replace(temporary, final)
-        fsync(log_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in list_checkpoints(log_dir)[: -args.keep_checkpoints] if args.keep_checkpoints else []:
-        shutil.rmtree(old, ignore_errors=True)
 
+    def __init__(self, path):
+        self.path = path
+        self.lock = None
+        self.log_file = None  # open on rank 0 only
+        self.saved_step = None  # step of the newest checkpoint
+        self.tokenizer_files = {}  # {name: content} that checkpoints contain besides the model
 
-def fsync(path):
-    """Wait until a file or directory is on the disk, not just in the system's memory."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    def acquire(self):
+        """Lock the directory until this process ends, and try whether checkpoints can be saved in it.
 
+        The operating system releases the lock of a killed process. Raises UserError.
+        """
+        # filelock raises NotImplementedError on file systems without locks, such as Lustre without flock
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            self.lock = filelock.FileLock(f"{self.path}/lock", fallback_to_soft=False)
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(
+                f"--log_dir {self.path} is in use by another run: wait for it, or choose another --log_dir"
+            ) from None
+        except NotImplementedError:
+            warn(f"the file system of --log_dir {self.path} has no locks: start only one run in it")
+        except OSError as error:
+            raise UserError(
+                f"cannot write to --log_dir {self.path} ({error.strerror}): choose another --log_dir"
+            ) from None
+        # Save something now: an unusable directory must not be noticed only at the first checkpoint.
+        try:
+            temporary = f"{self.path}/tmp_step_test"
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.makedirs(temporary)
+            write_json(f"{temporary}/test.json", {})
+            flush_to_disk(temporary)
+            os.replace(temporary, f"{self.path}/tmp_step_renamed")
+            shutil.rmtree(f"{self.path}/tmp_step_renamed")
+        except OSError as error:
+            raise UserError(
+                f"cannot save checkpoints in --log_dir {self.path} ({error.strerror}): free some space, or "
+                "choose a --log_dir on a file system that can rename directories"
+            ) from None
 
-def load_checkpoint(path, args):
-    """The (model, content of trainer.pt) of a checkpoint; raises ValueError, in one line, if it is damaged.
+    def checkpoints(self):
+        """Return the paths of all checkpoints, oldest first."""
+        names = os.listdir(self.path) if os.path.isdir(self.path) else []
+        names = [name for name in names if re.fullmatch(r"step_\d{6,18}", name)]
+        return [f"{self.path}/{name}" for name in sorted(names, key=step_of)]
 
-    Exits if the checkpoint is of a run with other flags, other data or another tokenizer.
-    """
-    try:
-        with open(f"{path}/sha256.json", encoding="utf-8") as file:
-            checksums = json.load(file)
-        for name in ("config.json", "model.safetensors", "trainer.pt"):
-            if sha256_of(f"{path}/{name}") != checksums[name]:
-                raise ValueError(f"{name} is not as it was written")
-        trainer = torch.load(f"{path}/trainer.pt", map_location="cpu", weights_only=True)
-        was = {name: trainer["args"][name] for name in RESULT_FLAGS}
-        model = GPT.from_pretrained(path, dropout=args.dropout)
-    except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"{path} is damaged ({error!r})") from None
-    was_plateau = args.schedule == "linear" and trainer["step"] <= 0.4 * min(args.max_steps, was["max_steps"])
-    if was_plateau:  # nothing that was done depends on where the plateau ends
-        del was["max_steps"]
-    for name, value in was.items():
-        if value != getattr(args, name) and not (args.init_from and name in SHAPE_FLAGS):
-            seen, what = getattr(args, name), "the data in --data_dir" if name == "data" else f"--{name}"
-            fail(f"{what} is {seen}, the run in {path} has {value}: use that, or another --log_dir")
-    return model, trainer
+    def set_aside_after(self, step):
+        """Rename the checkpoints of later steps to former_step_NNNNNN: the run takes another way from here."""
+        for path in self.checkpoints():
+            if step_of(path) > step:
+                former = f"{self.path}/former_{os.path.basename(path)}"
+                number = 1
+                while os.path.exists(former):  # nothing that was set aside before is lost
+                    number += 1
+                    former = f"{self.path}/former_{os.path.basename(path)}_{number}"
+                os.replace(path, former)
 
-
-def lock_run(log_dir):
-    """The open file that marks log_dir as in use until this process ends, however it ends; exits if it is already."""
-    try:
-        os.makedirs(log_dir, exist_ok=True)
-        lock = open(f"{log_dir}/lock", "a", encoding="utf-8")  # noqa: SIM115, held open
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except BlockingIOError:
-        fail(f"--log_dir {log_dir} is in use by another run: wait for its end, or name another directory")
-    except OSError as error:
-        fail(f"cannot write to --log_dir {log_dir} ({error.strerror}): name another directory")
-
-
-def open_log(args, meta, step):
-    """log.txt, to append to, without the lines from step on or cut in the middle; exits if it cannot be written.
-
-    Writes run.json, the flags and where the data are from, sets aside the checkpoints after the one that --resume
-    names, and removes those that a crash left half-written: a full disk may need the room.
-    """
-    path, kept = f"{args.log_dir}/log.txt", []
-    try:
-        passed = list_checkpoints(args.log_dir) if args.resume not in (None, "newest") else []
-        for later in [path for path in passed if int(path.rpartition("_")[2]) > step]:
-            former = f"{args.log_dir}/former_{os.path.basename(later)}"  # the run goes another way from here
-            shutil.rmtree(former, ignore_errors=True)
-            os.rename(later, former)
-        for entry in os.scandir(args.log_dir):
+    def remove_incomplete(self):
+        """Delete what a crash left of a checkpoint; a full disk may need the room."""
+        for entry in os.scandir(self.path):
             if entry.name.startswith("tmp_step_"):
-                shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)
+                if entry.is_dir():
+                    shutil.rmtree(entry.path)
+                else:
+                    os.remove(entry.path)
+
+    def start(self, step, args, data_set):
+        """Prepare the directory for training from this step. Called on rank 0. Raises OSError.
+
+        Returns a note for the header if checkpoints will lack the tokenizer's files, otherwise None.
+        """
+        # where a resumed run starts, there is a checkpoint
+        self.saved_step = step
+        # run.json is for plot.py and for people
+        run = {**vars(args), "tokenizer": data_set["tokenizer"], "source": data_set["source"]}
+        write_json(f"{self.path}/run.json.tmp", run)
+        os.replace(f"{self.path}/run.json.tmp", f"{self.path}/run.json")
+        # keep the tokenizer's files in memory, so that saving does not depend on the data directory
+        for name in TOKENIZER_FILES:
+            if os.path.isfile(f"{args.data_dir}/{name}"):
+                with open(f"{args.data_dir}/{name}", "rb") as file:
+                    self.tokenizer_files[name] = file.read()
+        self.open_log(step)
+        if self.tokenizer_files:
+            return None
+        return f"no {' or '.join(TOKENIZER_FILES)} in {args.data_dir}: checkpoints will have no tokenizer"
+
+    def open_log(self, step):
+        """Open log.txt for appending. Incomplete lines, and lines of steps that are run again, are dropped."""
+        path = f"{self.path}/log.txt"
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(f"{path} is not a regular file")
+        # the lines of steps that are done; a line without a newline at its end was cut by a crash
+        kept = []
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as file:
-                kept = [line for line in file if re.fullmatch(r"\d+ \S+ \S+\n", line) and int(line.split()[0]) < step]
+                for line in file:
+                    if re.fullmatch(r"\d{1,18} \S+ \S+\n", line) and int(line.split()[0]) < step:
+                        kept.append(line)
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(f"{path}.tmp", path)
-        with open(f"{args.log_dir}/run.json.tmp", "w", encoding="utf-8") as file:
-            json.dump(vars(args) | {"tokenizer": meta["tokenizer"], "source": meta["source"]}, file, indent=1)
-        os.replace(f"{args.log_dir}/run.json.tmp", f"{args.log_dir}/run.json")
-        return open(path, "a", buffering=2**24, encoding="utf-8")  # what a full disk refuses waits in the buffer
-    except OSError as error:
-        fail(f"{path} cannot be written ({error.strerror}): make room, or name another --log_dir")
+        # A large buffer holds the lines while the disk is full.
+        self.log_file = open(path, "a", buffering=2**24, encoding="utf-8")  # noqa: SIM115, open until the run ends
+
+    def log(self, step, metrics):
+        """Append a "step kind value" line for each of the metrics, a dict. On other ranks this does nothing."""
+        if self.log_file is None:
+            return
+        try:
+            for kind, value in metrics.items():
+                self.log_file.write(f"{step} {kind} {value}\n")
+            self.log_file.flush()
+        except OSError as error:
+            warn(f"cannot write to {self.path}/log.txt ({error.strerror}); training continues")
+
+    def save(self, step, model, optimizers, scaler, args):
+        """Save a checkpoint unless this step has one. A failure is reported and does not end the run.
+
+        On other ranks than 0 this does nothing.
+        """
+        if self.log_file is None or step <= self.saved_step:
+            return
+        try:
+            self.write_checkpoint(step, model, optimizers, scaler, args)
+            self.saved_step = step
+        except DISK_ERRORS as error:
+            reason = str(error).partition("\n")[0]
+            warn(f"cannot save a checkpoint at step {step} ({reason}); training continues")
+
+    def write_checkpoint(self, step, model, optimizers, scaler, args):
+        """Write step_NNNNNN, then delete the oldest checkpoints beyond args.keep_checkpoints.
+
+        model.safetensors, config.json and the tokenizer's files are a Hugging Face model. trainer.pt holds
+        what only training needs. Raises one of DISK_ERRORS.
+        """
+        final = f"{self.path}/step_{step:06d}"
+        temporary = f"{self.path}/tmp_step_{step:06d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            # 1) a model that other tools load
+            model.save_pretrained(temporary)
+            for name, content in self.tokenizer_files.items():
+                with open(f"{temporary}/{name}", "wb") as file:
+                    file.write(content)
+            # 2) what a resumed run needs; the data order and the random numbers follow from the step
+            trainer_state = {
+                "format": CHECKPOINT_FORMAT,
+                "step": step,
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "scaler": scaler.state_dict(),
+                "args": vars(args),
+            }
+            torch.save(trainer_state, f"{temporary}/trainer.pt")
+            # 3) checksums of these files
+            checksums = {name: sha256_of(f"{temporary}/{name}") for name in sorted(os.listdir(temporary))}
+            write_json(f"{temporary}/sha256.json", checksums)
+            # 4) Flush everything to the disk before the renaming, which makes the checkpoint visible.
+            for name in os.listdir(temporary):
+                flush_to_disk(f"{temporary}/{name}")
+            flush_to_disk(temporary)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged checkpoint of the same step
+            os.replace(temporary, final)
+            flush_to_disk(self.path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        # delete old checkpoints only now that the new one is complete
+        if args.keep_checkpoints:
+            for path in self.checkpoints()[: -args.keep_checkpoints]:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def step_of(path):
+    """Return the step of a checkpoint from its name, step_NNNNNN."""
+    return int(os.path.basename(path).removeprefix("step_"))
+
+
+def write_json(path, content):
+    """Write a dict to a JSON file."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+
+
+def flush_to_disk(path):
+    """Wait until a file or directory is on the disk, not only in the system's memory."""
+    if os.path.isdir(path):
+        # Some network file systems and Windows cannot flush directories. A crash of the whole machine could
+        # then lose the newest checkpoint, but not damage it unnoticed.
+        with suppress(OSError):
+            flush_descriptor(os.open(path, os.O_RDONLY))
+    else:
+        flush_descriptor(os.open(path, os.O_RDWR))
+
+
+def flush_descriptor(descriptor):
+    """Flush an open file to the disk and close it."""
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def choose_checkpoint(run_directory, args):
+    """Return the path of the checkpoint to resume from, or None to start from scratch.
+
+    With --resume it is the newest undamaged one; with --resume DIR it is DIR. Raises UserError.
+    """
+    # without --resume the directory must not contain a run
+    checkpoints = run_directory.checkpoints()
+    has_run = bool(checkpoints) or os.path.exists(f"{args.log_dir}/log.txt")
+    if args.resume is None:
+        if has_run:
+            raise UserError(
+                f"--log_dir {args.log_dir} already contains a run: pass --resume to continue it, or choose "
+                "another --log_dir"
+            )
+        return None
+    # which checkpoints to try, in this order
+    candidates = checkpoints[::-1]
+    if goes_back(args):
+        if not os.path.isdir(args.resume):
+            raise UserError(f"--resume {args.resume} is not a directory: pass a checkpoint, log/step_NNNNNN")
+        path = os.path.realpath(find_pretrained(args.resume))
+        if has_run and os.path.dirname(path) != os.path.realpath(args.log_dir):
+            raise UserError(
+                f"--log_dir {args.log_dir} already contains another run than --resume {args.resume}: choose "
+                "another --log_dir"
+            )
+        candidates = [path]
+    # take the first one that is undamaged
+    damages = []
+    for path in candidates:
+        damage = find_damage(path)
+        if damage is None:
+            if damages:
+                warn(f"{'; '.join(damages)}: resuming from the checkpoint before it")
+            return path
+        damages.append(f"{path} is damaged ({damage})")
+    if damages:
+        raise UserError(
+            f"{damages[0]}, and there is no earlier checkpoint to use: to start from its weights, pass it to "
+            "--init_from; to start over, choose another --log_dir"
+        )
+    return None
+
+
+def goes_back(args):
+    """Return whether --resume names a single checkpoint, from which the run takes another way.
+
+    A process that torchrun or Slurm restarted has gone back already and continues from the newest checkpoint.
+    """
+    if args.resume in (None, "newest") or os.path.realpath(args.resume) == os.path.realpath(args.log_dir):
+        return False
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return restarts == 0
+
+
+def find_damage(path):
+    """Return in a few words what is wrong with a checkpoint, or None. Loads it completely, as a run would."""
+    # damaged files raise many types of errors
+    try:
+        checksums = read_json(f"{path}/sha256.json")
+        for name in ("config.json", "model.safetensors", "trainer.pt"):
+            if sha256_of(f"{path}/{name}") != checksums.get(name):
+                return f"{name} does not match its checksum"
+        model = GPT.from_pretrained(path)
+        trainer_state = load_trainer_state(path)
+        load_optimizers(model, trainer_state, torch.device("cpu"), rank=0, world_size=1)
+    except UserError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def load_trainer_state(path):
+    """Return the dict in a checkpoint's trainer.pt. Raises ValueError if it is damaged, UserError if it is too old."""
+    # weights_only: the file cannot run code
+    trainer_state = torch.load(f"{path}/trainer.pt", map_location="cpu", weights_only=True)
+    if not isinstance(trainer_state, dict) or not isinstance(trainer_state.get("args"), dict):
+        raise ValueError("trainer.pt does not contain the state of a run")
+    if trainer_state.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{path} was written by an earlier version of train_gpt2.py and cannot be resumed: continue with that "
+            "version, or start a new run from its weights with --init_from"
+        )
+    if type(trainer_state.get("step")) is not int or trainer_state["step"] != step_of(path):
+        raise ValueError(f"trainer.pt is of step {trainer_state.get('step')!r}")
+    return trainer_state
+
+
+def load_optimizers(model, trainer_state, device, rank, world_size):
+    """Return the optimizers of a run with their saved state. Raises ValueError if it does not fit the model.
+
+    The fused optimizers read and write memory without checking sizes, so every tensor is checked first.
+    """
+    args = trainer_state["args"]
+    optimizers = configure_optimizers(
+        model, args["optimizer"], args["learning_rate"], args["weight_decay"], device, rank, world_size
+    )
+    saved_states = trainer_state["optimizers"]
+    if not isinstance(saved_states, list) or len(saved_states) != len(optimizers):
+        raise ValueError("trainer.pt contains the state of other optimizers")
+    for optimizer, saved in zip(optimizers, saved_states, strict=True):
+        # the saved states are numbered in the order of the parameters
+        parameters = []
+        for group in optimizer.param_groups:
+            parameters += group["params"]
+        expected = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+        if sorted(saved["state"]) not in ([], list(range(len(parameters)))):
+            raise ValueError("trainer.pt does not contain the optimizer state of all parameters")
+        for number, tensors in saved["state"].items():
+            if set(tensors) != expected:
+                raise ValueError(f"the optimizer state has {sorted(tensors)} instead of {sorted(expected)}")
+            for name, tensor in tensors.items():
+                shape = () if name == "step" else parameters[number].shape
+                if tensor.shape != shape or tensor.dtype != torch.float32:
+                    raise ValueError(f"{name} of the optimizer state has shape {tuple(tensor.shape)}, {tensor.dtype}")
+        # The settings of the groups come from the flags; the learning rate is set in every step.
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    return optimizers
+
+
+def check_same_settings(path, trainer_state, args):
+    """Raise UserError if this run has other data, or another value of RESULT_FLAGS, than the checkpoint's run."""
+    saved_args = trainer_state["args"]
+    for name in ("data", *RESULT_FLAGS):
+        saved, current = saved_args.get(name), getattr(args, name)
+        if saved == current or (args.init_from and name in SHAPE_FLAGS):
+            continue
+        if name == "max_steps" and args.schedule == "linear" and type(saved) is int:
+            # Until the decay begins, the learning rate does not depend on max_steps.
+            if trainer_state["step"] <= 0.4 * min(saved, current):
+                continue
+        what = "the data in --data_dir" if name == "data" else f"--{name}"
+        advice = "use the same value, or another --log_dir"
+        if name == "max_steps":
+            advice = (
+                "use the same value; to train longer, choose --schedule linear from the start, whose --max_steps may "
+                "change until the decay begins, or start a new run from this model with --init_from"
+            )
+        raise UserError(f"{what} is {current}, but the run in {path} has {saved}: {advice}")
+
+
+class StopRequest:
+    """A request to stop, to save and to end with status 0.
+
+    It comes from SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, from --max_hours, or because torchrun was killed and left its
+    processes behind. A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self, max_hours):
+        self.reason = None
+        self.deadline = time.monotonic() + 3600 * (max_hours or math.inf)
+        self.first_interrupt = math.inf  # time of the first SIGINT
+        # torchrun is the parent of the ranks. If it is killed, they get another parent.
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.handle)
+
+    def handle(self, number, frame):
+        """Remember a signal."""
+        # A second Ctrl-C ends the process. torchrun repeats the first one at once, which does not count.
+        now = time.monotonic()
+        if number == signal.SIGINT and now > self.first_interrupt + 1:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        if number == signal.SIGINT:
+            self.first_interrupt = min(self.first_interrupt, now)
+        if self.reason is None:
+            self.reason = signal.Signals(number).name
+
+    def requested(self):
+        """Return whether to stop at the end of this step."""
+        if self.reason is None and time.monotonic() > self.deadline:
+            self.reason = "--max_hours"
+        if self.reason is None and self.parent is not None and os.getppid() != self.parent:
+            self.reason = "the end of torchrun"
+        return self.reason is not None
 
 
 # --------------------------------------------------------------------------------- command line
+# Presets set the defaults of flags. Learning rates, batch size (0.5M tokens) and warmup (375M tokens) follow
+# GPT-3 ("Language Models are Few-Shot Learners", 2020, table 2.1 and appendix B).
+GPT2 = {
+    "data_dir": "edu_fineweb10B",
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "block_size": 1024,  # tokens
+    "total_batch_size": 524288,  # tokens per step, about 0.5M
+    "max_steps": 19073,  # one epoch over 10B tokens
+    "optimizer": "adamw",
+    "learning_rate": 6e-4,
+    "schedule": "cosine",
+    "warmup_steps": 715,
+    "eval_interval": 250,  # steps
+    "val_tokens": 10485760,
+    "hellaswag_interval": 250,  # steps
+    "checkpoint_interval": 1000,  # steps
+    "log_interval": 1,  # steps
+    "prompt": "Hello, I'm a language model,",
+    "max_new_tokens": 48,
+}
+GPT2_MEDIUM = {**GPT2, "n_layer": 24, "n_head": 16, "n_embd": 1024, "learning_rate": 3e-4}
+GPT2_LARGE = {**GPT2, "n_layer": 36, "n_head": 20, "n_embd": 1280, "learning_rate": 2.5e-4}
+GPT2_XL = {**GPT2, "n_layer": 48, "n_head": 25, "n_embd": 1600, "learning_rate": 2e-4}
+# Muon with half the tokens. Tuned on small models only, untested at this size (docs/performance.md).
+GPT2_FAST = {
+    **GPT2,
+    "max_steps": 9537,
+    "optimizer": "muon",
+    "learning_rate": 2e-3,
+    "schedule": "linear",
+    "warmup_steps": 250,
+}
+SHAKESPEARE = {
+    "data_dir": "shakespeare",
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "block_size": 64,
+    "total_batch_size": 1024,
+    "max_steps": 1500,
+    "optimizer": "adamw",
+    "learning_rate": 3e-3,
+    "schedule": "cosine",
+    "warmup_steps": 100,
+    "eval_interval": 250,
+    "val_tokens": 48000,
+    "hellaswag_interval": 0,
+    "checkpoint_interval": 500,
+    "log_interval": 10,
+    "prompt": "\n",
+    "max_new_tokens": 192,
+}
+PRESETS = {
+    "gpt2": GPT2,
+    "gpt2-medium": GPT2_MEDIUM,
+    "gpt2-large": GPT2_LARGE,
+    "gpt2-xl": GPT2_XL,
+    "gpt2-fast": GPT2_FAST,
+    "shakespeare": SHAKESPEARE,
+}
+SHAPE_FLAGS = ("n_layer", "n_head", "n_embd")  # set by the model if there is an --init_from
+ZERO_ALLOWED = ("seed", "dropout", "warmup_steps", "weight_decay", "keep_checkpoints", "hellaswag_interval")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def say(*lines, file=None):
-    """Print lines at once; a screen that is gone, or a file in its place on a full disk, does not end a run."""
+    """Print lines. A closed terminal, or a file on a full disk in its place, must not end a training run."""
     with suppress(OSError):
         print(*lines, sep="\n", file=file, flush=True)
 
 
 def warn(message):
-    """Say in one line on stderr what went wrong where the run goes on."""
-    say(f"warning: {message}", file=sys.stderr)
+    """Print a one-line warning to stderr."""
+    say(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def fail(message, only_here=False):
-    """Report a user's mistake in one line on stderr and exit with status 2.
+def report_error(message):
+    """Print a one-line error to stderr."""
+    say(f"error: {' '.join(str(message).split())}", file=sys.stderr)
 
-    Under torchrun all processes find most mistakes and the first reports them; only_here: this one alone did.
-    """
-    if not only_here and os.environ.get("RANK", "0") != "0":
-        time.sleep(20)  # the first one's exit ends this process meanwhile, unless it found nothing
-    print(f"error: {message}", file=sys.stderr)
+
+def fail(message):
+    """Report a user error that all ranks meet, and exit with status 2. Only rank 0 prints it."""
+    if os.environ.get("RANK", "0") == "0":
+        report_error(message)
     sys.exit(2)
 
 
-# --- copied block: pick_device ---
-def pick_device(name):
-    """The torch.device called name; "auto" is the accelerator if there is one, else the CPU."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (AssertionError, ImportError, NotImplementedError, RuntimeError):
-        fail(f"--device {name} is not available here: leave it out, or use --device cpu")
-
-
-# --- end of copied block: pick_device ---
-ZERO_IS_FINE = ("seed", "dropout", "warmup_steps", "weight_decay", "keep_checkpoints", "hellaswag_interval")
-
-
-def size_or_auto(text):
-    """An argparse type: a whole number, or None for "auto"."""
+def micro_batch_size(text):
+    """Convert the argument of --micro_batch_size: an integer, or None for "auto"."""
     return None if text == "auto" else int(text)
 
 
 def parse_args():
-    """The flags, with the preset's values for those not given; exits at one that cannot be."""
+    """Parse the command line, with defaults from --preset. Exits on invalid values."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
-    switch = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("data").add_argument
-    add("--preset", choices=list(PRESETS), default="gpt2", help="where flags without a default take it from (gpt2)")
-    add("--data_dir", help="directory of token shards")
-    add("--shuffle", action=switch, default=True, help="visit windows in random, not in file order (on)")
-    add("--seed", type=int, default=1337, help="of weights, data order and dropout (1337)")
-    add = parser.add_argument_group("model").add_argument
-    add("--n_layer", type=int, help="blocks")
-    add("--n_head", type=int, help="attention heads a block")
-    add("--n_embd", type=int, help="channels, a multiple of n_head")
-    add("--block_size", type=int, help="tokens a sequence")
-    add("--init_from", metavar="DIR|NAME", help="start from a checkpoint or a Hugging Face GPT-2; its shape is taken")
-    add("--dropout", type=float, default=0.0, help="share of activations zeroed in training (0.0)")
-    add = parser.add_argument_group("optimization").add_argument
-    add("--total_batch_size", type=int, help="tokens a step, over all processes")
-    micro = "sequences in memory at a time, a process (auto: what fits on a GPU, a few on a CPU)"
-    add("--micro_batch_size", type=size_or_auto, metavar="N", help=micro)
-    add("--max_steps", type=int, help="training steps")
-    add("--optimizer", choices=["adamw", "muon"], help="muon: for the blocks' matrices, AdamW for the rest")
-    add("--learning_rate", type=float, help="its peak")
-    add("--schedule", choices=list(SCHEDULES), help="cosine: to a tenth of the peak; linear: a plateau, then to zero")
-    add("--warmup_steps", type=int, help="steps of linear warmup")
-    add("--weight_decay", type=float, default=0.1, help="of matrices and embeddings (0.1)")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient (1.0)")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval_interval", type=int, help="steps between validations and samples")
-    add("--val_tokens", type=int, help="validation tokens, at most all there are")
-    add("--hellaswag_interval", type=int, help="steps between HellaSwag evaluations (0: none)")
-    add("--prompt", help="text that the two samples continue")
-    add("--max_new_tokens", type=int, help="tokens a sample")
-    add = parser.add_argument_group("system").add_argument
-    add("--log_dir", default="log", help="directory of the run's log and checkpoints (log)")
-    add("--log_interval", type=int, help="steps between lines on the screen")
-    add("--plot", action=switch, default=True, help="draw log_dir/curves.png at every validation (on)")
-    add("--checkpoint_interval", type=int, help="steps between checkpoints")
-    add("--keep_checkpoints", type=int, default=3, help="newest checkpoints that stay (3; 0: all)")
-    resume = "go on from the checkpoint DIR (from log_dir's newest)"
-    add("--resume", nargs="?", const="newest", metavar="DIR", help=resume)
-    add("--max_hours", type=float, help="hours after which to save and stop (no limit)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (auto)")
-    add("--dtype", choices=list(DTYPES), help="of matmuls (the best that the device has; float32 on a CPU)")
-    add("--compile", action=switch, help="torch.compile the model (on GPUs)")
+    parser.error = lambda message: fail(f"{message}: see --help")
+    preset = "(default: from --preset)"
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--preset", choices=list(PRESETS), default="gpt2", help="sets many defaults (default: gpt2)")
+    group.add_argument("--data_dir", help=f"directory of token shards {preset}")
+    group.add_argument(
+        "--shuffle",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="shuffle the training data; otherwise it is read in file order (default: on)",
+    )
+    group.add_argument("--seed", type=int, default=1337, help="random seed (default: 1337)")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--n_layer", type=int, help=f"number of blocks {preset}")
+    group.add_argument("--n_head", type=int, help=f"attention heads per block {preset}")
+    group.add_argument("--n_embd", type=int, help=f"channels, a multiple of n_head {preset}")
+    group.add_argument("--block_size", type=int, help=f"context length in tokens {preset}")
+    group.add_argument(
+        "--init_from",
+        metavar="MODEL",
+        help="fine-tune: start from a checkpoint, a run directory or a GPT-2 of the Hugging Face Hub,\n"
+        "which also sets the model size (default: random weights)",
+    )
+    group.add_argument("--dropout", type=float, default=0.0, help="dropout probability (default: 0.0)")
+
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--total_batch_size", type=int, help=f"tokens per step, over all processes {preset}")
+    group.add_argument(
+        "--micro_batch_size",
+        type=micro_batch_size,
+        metavar="N",
+        help="sequences per forward pass and process\n(default: auto, as many as fit on a GPU, or a few on a CPU)",
+    )
+    group.add_argument("--max_steps", type=int, help=f"training steps {preset}")
+    group.add_argument(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        help=f"adamw, or muon for the blocks' matrices and adamw for the rest {preset}",
+    )
+    group.add_argument("--learning_rate", type=float, help=f"peak learning rate {preset}")
+    group.add_argument(
+        "--schedule",
+        choices=list(SCHEDULES),
+        help=f"learning rate: cosine decay to 10 %%, or constant, then linear decay to 0 {preset}",
+    )
+    group.add_argument("--warmup_steps", type=int, help=f"steps of linear warmup {preset}")
+    group.add_argument(
+        "--weight_decay", type=float, default=0.1, help="weight decay of matrices and embeddings (default: 0.1)"
+    )
+    group.add_argument("--grad_clip", type=float, default=1.0, help="clip the gradient norm to this (default: 1.0)")
+
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval_interval", type=int, help=f"steps between validations and samples {preset}")
+    group.add_argument("--val_tokens", type=int, help=f"tokens per validation, at most the whole split {preset}")
+    group.add_argument("--hellaswag_interval", type=int, help=f"steps between HellaSwag scores; 0: never {preset}")
+    group.add_argument("--prompt", help=f"text that the two samples continue {preset}")
+    group.add_argument("--max_new_tokens", type=int, help=f"tokens per sample {preset}")
+
+    group = parser.add_argument_group("system")
+    group.add_argument("--log_dir", default="log", help="directory of the log and the checkpoints (default: log)")
+    group.add_argument("--log_interval", type=int, help=f"steps between lines on the screen {preset}")
+    group.add_argument("--checkpoint_interval", type=int, help=f"steps between checkpoints {preset}")
+    group.add_argument(
+        "--keep_checkpoints", type=int, default=3, help="number of checkpoints to keep; 0: all (default: 3)"
+    )
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="DIR",
+        help="continue from the checkpoint DIR, or, without DIR, from the newest one in --log_dir;\n"
+        "if there is none, start from scratch",
+    )
+    group.add_argument("--max_hours", type=float, help="save and stop after this many hours (default: no limit)")
+    group.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto, a GPU if there is one)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        help="precision of matmuls (default: bfloat16 where the GPU or CPU is fast at it, else float16 on a GPU,\n"
+        "float32 on a CPU; a resumed run keeps its dtype)",
+    )
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="use torch.compile (default: on GPUs only)"
+    )
     args = parser.parse_args()
-    shape = [f"--{name}" for name in SHAPE_FLAGS if getattr(args, name)]
-    if args.init_from and shape:
-        fail(f"{shape[0]} comes from the model that --init_from names: leave it out")
+    return check_args(args)
+
+
+def check_args(args):
+    """Return the flags with the preset's values where none is given. Exits on invalid values."""
+    # flags that are not given take their values from the preset
+    for name in SHAPE_FLAGS:
+        if args.init_from and getattr(args, name):
+            fail(f"--{name} cannot be combined with --init_from, which sets the model size: omit --{name}")
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    # numbers must be positive; written as "not value > 0", this also refuses NaN
     for name, value in vars(args).items():
-        zero_is_fine = name in ZERO_IS_FINE
-        if type(value) in (int, float) and not (value > 0 or value == 0 and zero_is_fine):
-            fail(f"--{name} is {value}: it must be {'0 or more' if zero_is_fine else 'above 0'}")
-        if type(value) in (int, float) and value >= 2**62 and name not in ("grad_clip", "max_hours"):
-            fail(f"--{name} is {value}: that is too large")
-    args.prompt = args.prompt.encode(errors="surrogateescape").decode(errors="replace")  # an argument can be any bytes
+        if type(value) not in (int, float):
+            continue
+        if name in ZERO_ALLOWED and not value >= 0:
+            fail(f"--{name} is {value}: it must be 0 or more")
+        if name not in ZERO_ALLOWED and not value > 0:
+            fail(f"--{name} is {value}: it must be above 0")
+        if name not in ("grad_clip", "max_hours") and value >= 2**62:
+            fail(f"--{name} is {value}: it must be below 2^62")
+    # values that do not fit together
     if args.n_embd % args.n_head:
-        fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: change either")
+        fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: choose a multiple of {args.n_head}")
+    if args.n_layer * args.n_embd**2 > 1e11:
+        fail(f"--n_layer {args.n_layer} and --n_embd {args.n_embd} make a trillion parameters: choose a smaller model")
     if args.dropout >= 1:
         fail(f"--dropout is {args.dropout}: it must be below 1")
+    # command-line arguments may contain bytes that are not UTF-8
+    args.prompt = args.prompt.encode(errors="surrogateescape").decode(errors="replace")
     return args
 
 
-def catch_signals():
-    """A list to which SIGTERM, SIGINT and SIGUSR1 are added as they come; a second SIGINT ends the process at once."""
-    caught = []
+# ---------------------------------------------------------------------------------------- setup
+# --- copied block: run_script ---
+def run_script(main):
+    """Call main() with output that suits terminals, pipes and files.
 
-    def handler(number, frame):
-        if number == signal.SIGINT and caught and time.monotonic() > caught[0][1] + 1:  # torchrun repeats the first
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        caught.append((signal.Signals(number).name, time.monotonic()))
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
+    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, as in ">&-"
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (stays open)
+        elif hasattr(stream, "reconfigure"):  # Jupyter's streams have no such method
+            stream.reconfigure(errors="replace", line_buffering=True)
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(0)  # a normal exit would write to the closed pipe again
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        os._exit(1)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, handler)
-    return caught
+
+# --- end of copied block: run_script ---
+# --- copied block: pick_device ---
+def pick_device(name):
+    """Return the torch.device with this name. "auto" is the accelerator if there is one, otherwise the CPU."""
+    if name == "auto":
+        device = torch.accelerator.current_accelerator(check_available=True)
+        if device is None and shutil.which("nvidia-smi"):  # the NVIDIA driver is installed
+            print(
+                "warning: PyTorch cannot use this machine's NVIDIA GPU, so the CPU is used. "
+                "The README says which driver PyTorch needs.",
+                file=sys.stderr,
+            )
+        return device or torch.device("cpu")
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # fails on the device "meta", which has no memory
+        return probe.device
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError):
+        fail(f"--device {name} is not available here: omit it, or use --device cpu")
 
 
-def largest_micro_batch(model, limit, device, autocast):
-    """The largest power of two of sequences, at most limit, whose step leaves a tenth of a GPU's memory free."""
-    states = 8 * sum(p.numel() for p in model.parameters())  # bytes that AdamW will want for its two averages
-    size, fits = 1, 0
+# --- end of copied block: pick_device ---
+def init_distributed(device_name):
+    """Join the process group that torchrun prepared, if any. Returns (rank, world_size, device)."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return 0, 1, pick_device(device_name)
+    # torchrun tells each process which one it is
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            fail(f"WORLD_SIZE is {world_size}, but {name} is not set: use torchrun, or unset WORLD_SIZE")
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    # one process per GPU
+    is_cuda = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
+    if is_cuda and local_rank >= torch.cuda.device_count():
+        fail(
+            f"this machine has {torch.cuda.device_count()} GPUs that PyTorch can use, but --nproc_per_node starts "
+            "more processes: use a smaller --nproc_per_node, or --device cpu"
+        )
+    if is_cuda:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = pick_device(device_name)
+    if device.type not in ("cpu", "cuda"):
+        fail(f"--device {device.type} cannot be shared by {world_size} processes: start one, or use --device cpu")
+    store = None
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # After a restart, torchrun's store still holds the addresses of the dead processes. A prefix hides them.
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    # The long timeout is for checkpoints: the other ranks wait while rank 0 saves one, which takes minutes for a
+    # large model on a slow disk.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=1))
+    return rank, world_size, device
+
+
+def on_rank_0(function, *args):
+    """Call function(*args) on rank 0 and return its result on every rank. Its errors end every rank."""
+    # call it on rank 0
+    result, error = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = function(*args)
+        except (OSError, ValueError, UserError) as caught:
+            error = str(caught)
+    # tell the other ranks
+    if dist.is_initialized():
+        result_and_error = [result, error]
+        dist.broadcast_object_list(result_and_error)
+        result, error = result_and_error
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
+def any_rank(condition, device, world_size):
+    """Return whether the condition holds on any rank."""
+    if world_size == 1:
+        return bool(condition)
+    count = torch.tensor(float(bool(condition)), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
+
+
+def open_run_directory(run_directory, args):
+    """Lock the run directory and return the checkpoint to resume from, or None. Called on rank 0."""
+    run_directory.acquire()
+    checkpoint = choose_checkpoint(run_directory, args)
+    if checkpoint and goes_back(args):
+        run_directory.set_aside_after(step_of(checkpoint))
+    run_directory.remove_incomplete()
+    return checkpoint
+
+
+def open_hellaswag(args, data_set):
+    """Return (HellaSwag arrays or None, note for the header or None). Called on rank 0."""
+    if args.hellaswag_interval == 0:
+        return None, None
+    if data_set["tokenizer"] != "gpt2":
+        return None, "no HellaSwag: it needs GPT-2's tokenizer"
+    try:
+        return load_hellaswag(HELLASWAG_PATH, args.block_size), None
+    except ValueError as error:
+        return None, f"no HellaSwag: {error}"
+
+
+def check_batch_size(args, world_size):
+    """Exit unless the tokens of a step can be divided evenly among processes and micro-batches."""
+    sequences = args.micro_batch_size or 1
+    tokens = sequences * args.block_size * world_size
+    if args.total_batch_size % tokens:
+        fail(
+            f"--total_batch_size {args.total_batch_size} is not divisible by {tokens} = "
+            f"--micro_batch_size {sequences} * --block_size {args.block_size} * {world_size} processes: "
+            "change one of them"
+        )
+
+
+def default_dtype(device, n_embd):
+    """Return the fastest precision of matmuls on a device, for a model of this width, and the reason."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "the GPU supports it"
+        return "float16", "the GPU does not support bfloat16"
+    if device.type != "cpu":
+        return "float32", "the safe choice on this device"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 does not have it
+    if not (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")):
+        return "float32", "the CPU has no fast bfloat16 matmuls"
+    if n_embd < 256:
+        return "float32", "conversions would cost a small model more than bfloat16 matmuls gain"
+    return "bfloat16", "the CPU has fast bfloat16 matmuls"
+
+
+def init_precision(args, trainer_state, device):
+    """Set args.dtype, and return (autocast context, gradient scaler, note for the header).
+
+    Matmuls and attention run in args.dtype. Weights, gradients, optimizer state and the loss stay in float32: a
+    small update would vanish in a bfloat16 weight, which has only 8 significant bits. The dtype belongs to the
+    run: a resumed run keeps it, on any device, unless --dtype says otherwise.
+    """
+    # choose the dtype: the flag, the resumed run's, or the device's best
+    saved_dtype = trainer_state["args"].get("dtype") if trainer_state else None
+    reason = "chosen with --dtype"
+    if args.dtype is None and saved_dtype in DTYPES:
+        args.dtype = saved_dtype
+        reason = "the run was started with it"
+    elif args.dtype is None:
+        args.dtype, reason = default_dtype(device, args.n_embd)
+    elif saved_dtype not in (None, args.dtype) and os.environ.get("RANK", "0") == "0":
+        warn(
+            f"resuming a {saved_dtype} run in {args.dtype}: the result will differ slightly from an uninterrupted "
+            f"{saved_dtype} run"
+        )
+    # float32 matmuls use TF32 on GPUs that have it: 8 exponent bits as in float32, 10 mantissa bits
+    torch.set_float32_matmul_precision("high")
+    autocast = nullcontext()
+    if args.dtype != "float32":
+        autocast = torch.autocast(device.type, DTYPES[args.dtype])
+    # float16 gradients underflow unless the loss is scaled up. For other dtypes the scaler does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+    return autocast, scaler, f"dtype {args.dtype}: {reason}"
+
+
+def init_model(args, data_set, checkpoint, device):
+    """Return (model, trainer state): from the checkpoint, from --init_from, or new (trainer state None).
+
+    Also sets args.data and, if the model comes from a file, the flags of its shape. Raises UserError.
+    """
+    args.data = data_set["fingerprint"]
+    source = checkpoint or args.init_from
+    # a new model with random weights
+    if source is None:
+        config = GPTConfig(
+            vocab_size=data_set["vocab_size"],
+            block_size=args.block_size,
+            n_layer=args.n_layer,
+            n_head=args.n_head,
+            n_embd=args.n_embd,
+            dropout=args.dropout,
+            tokenizer=data_set["tokenizer"],
+        )
+        return GPT(config).to(device), None
+    # a model from a file, which must fit the data and, if the run is resumed, the flags
+    trainer_state = None
+    if checkpoint:
+        trainer_state = load_trainer_state(checkpoint)
+        check_same_settings(checkpoint, trainer_state, args)
+    try:
+        model = GPT.from_pretrained(source, args.block_size, args.dropout)
+    except ValueError as error:
+        raise UserError(f"cannot start from {source}: {error}") from None
+    if model.config.tokenizer != data_set["tokenizer"]:
+        raise UserError(
+            f"{source} uses the tokenizer {model.config.tokenizer}, but the shards in {args.data_dir} use "
+            f"{data_set['tokenizer']}: regenerate the shards with --tokenizer {model.config.tokenizer}"
+        )
+    for name in SHAPE_FLAGS:
+        setattr(args, name, getattr(model.config, name))
+    return model.to(device), trainer_state
+
+
+def init_optimizers(model, trainer_state, scaler, args, device, rank, world_size):
+    """Return (optimizers, first step), new or as the checkpoint has them."""
+    if trainer_state is None:
+        optimizers = configure_optimizers(
+            model, args.optimizer, args.learning_rate, args.weight_decay, device, rank, world_size
+        )
+        return optimizers, 0
+    optimizers = load_optimizers(model, trainer_state, device, rank, world_size)
+    if scaler.is_enabled() and trainer_state["scaler"]:  # empty if the run did not use float16 before
+        scaler.load_state_dict(trainer_state["scaler"])
+    return optimizers, trainer_state["step"]
+
+
+def set_micro_batch_size(model, trainer_state, args, device, autocast, world_size):
+    """Set args.micro_batch_size if it is not given, and return the number of micro-steps per step."""
+    num_windows = args.total_batch_size // args.block_size // world_size  # per step and rank
+    if args.micro_batch_size is None and device.type == "cuda":
+        limit = math.gcd(num_windows, 64)  # a power of two; larger ones are not faster
+        size = find_micro_batch_size(model, limit, device, autocast, trainer_state is not None)
+        size = torch.tensor(size, device=device)
+        if world_size > 1:
+            dist.all_reduce(size, op=dist.ReduceOp.MIN)  # GPUs may have different memory
+        args.micro_batch_size = size.item()
+    elif args.micro_batch_size is None:
+        limit = 16 if args.block_size < 256 else 4  # larger ones do not fit into the caches of a CPU
+        args.micro_batch_size = math.gcd(num_windows, limit)
+    return num_windows // args.micro_batch_size
+
+
+def find_micro_batch_size(model, limit, device, autocast, has_optimizer_state):
+    """Return the largest power of two of sequences, at most limit, that leaves 10 % of the GPU memory free.
+
+    Each trial runs forward and backward. Memory that other programs use does not count as available.
+    """
+    # AdamW's two averages take 8 bytes per parameter, in the first step of a new run.
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    optimizer_bytes = 0 if has_optimizer_state else 8 * num_parameters
+    free, _ = torch.cuda.mem_get_info(device)
+    available = free + torch.cuda.memory_reserved(device)  # what this process has reserved is its own
+    # try 1, 2, 4, ... sequences
+    best, size = 0, 1
     while size <= limit:
-        idx = torch.randint(model.config.vocab_size, (size, model.config.block_size), device=device)
+        idx = torch.zeros(size, model.config.block_size, dtype=torch.long, device=device)
         torch.cuda.reset_peak_memory_stats(device)
         try:
             with autocast:
-                loss = model(idx, idx)[1]
+                _, loss = model(idx, idx)
             loss.backward()
         except torch.OutOfMemoryError:
             break
-        if torch.cuda.max_memory_allocated(device) + states > 0.9 * torch.cuda.mem_get_info(device)[1]:
+        if torch.cuda.max_memory_allocated(device) + optimizer_bytes > 0.9 * available:
             break
-        size, fits = 2 * size, size
+        best = size
+        size = 2 * size
+    # leave nothing behind
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
-    if not fits:
-        what = f"one sequence of --block_size {model.config.block_size}"
-        fail(f"not even {what} fits into the memory of {device}: shorten it, or take a smaller model", only_here=True)
-    return fits
-
-
-def open_data(args):
-    """The meta.json of --data_dir and the windows of its two splits; exits if it is not as it should be."""
-    try:
-        if not os.path.isdir(args.data_dir):
-            make = "python prepare_shakespeare.py (seconds) or python fineweb.py (hours)"
-            raise ValueError(f"--data_dir {args.data_dir} does not exist: make one with {make}")
-        meta = read_meta(args.data_dir)
-        train_windows, val_windows = (
-            Windows(args.data_dir, split, meta, args.block_size, args.seed, args.shuffle and split == "train")
-            for split in ("train", "val")
+    if best == 0:
+        raise UserError(
+            f"one sequence of --block_size {model.config.block_size} does not fit into the memory of {device}: "
+            "use a smaller --block_size or model"
         )
-        return meta, train_windows, val_windows
-    except (OSError, ValueError) as error:
-        fail(error)
+    return best
 
 
-def new_model(args, meta):
-    """A GPT-2 of the flags' shape with random weights, or the one that --init_from names; exits if that cannot be."""
-    tokens = {"vocab_size": meta["vocab_size"], "tokenizer": meta["tokenizer"]}
-    if not args.init_from:
-        return GPT(GPTConfig(**tokens, **{k: getattr(args, k) for k in GPTConfig.__annotations__ if hasattr(args, k)}))
+def compile_error(device):
+    """Return None if torch.compile works on this device, otherwise the reason."""
     try:
-        model = GPT.from_pretrained(args.init_from, block_size=args.block_size, dropout=args.dropout)
-    except (OSError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        if os.path.isdir(args.init_from):
-            fail(f"--init_from: {why}")
-        fail(f"--init_from {args.init_from} cannot be fetched ({why}): without a network name a directory")
-    for name, value in tokens.items():
-        theirs = getattr(model.config, name)
-        if theirs != value:
-            what = f"{args.init_from} has {name} {theirs}, the shards in {args.data_dir} have {value}"
-            fail(f"{what}: make them again with the model's tokenizer")
-    return model
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except Exception as error:  # a missing C++ compiler or Triton can raise almost any type of error
+        return str(error).partition("\n\n")[0]
+    return None
 
 
-def open_hellaswag(enc, tokenizer, rank, world_size):
-    """(examples, "") for evaluate_hellaswag, or (None, why there are none): what the first rank got, on every rank."""
-    found = [None, "it takes GPT-2's tokens and vocabulary"]
-    if rank == 0 and enc and tokenizer == "gpt2":
-        try:
-            found = [fetch_hellaswag(enc), ""]
-        except (OSError, ValueError) as error:
-            found[1] = str(error).splitlines()[0]
-    if world_size > 1:
-        dist.broadcast_object_list(found)
-    return found
+def wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps):
+    """Return (model for training, model for validation, note for the header or None).
 
-
-def open_run(args, meta, rank):
-    """The (lock, model, content of trainer.pt or None) with which a run starts; exits if --log_dir forbids it.
-
-    A resumed run starts from --resume's checkpoint or from the newest one in --log_dir that is as it was written.
+    All share raw_model's weights. raw_model itself is used where lengths vary, because compiled code is made for
+    one shape.
     """
-    if args.resume not in (None, "newest") and not os.path.isdir(args.resume):
-        fail(f"--resume {args.resume} does not exist: name a checkpoint, or none to take the newest in --log_dir")
-    resume_dir = None if args.resume in (None, "newest") else os.path.realpath(args.resume)
-    holds_run = list_checkpoints(args.log_dir) or os.path.exists(f"{args.log_dir}/log.txt")
-    if holds_run and (not args.resume or resume_dir and os.path.dirname(resume_dir) != os.path.realpath(args.log_dir)):
-        fail(f"--log_dir {args.log_dir} holds a run: --resume it, name another directory, or delete it")
-    candidates = [resume_dir] if resume_dir else list_checkpoints(args.log_dir)[::-1] if args.resume else []
-    model = None if candidates else new_model(args, meta)
-    lock, damaged = lock_run(args.log_dir) if rank == 0 else None, []
-    for path in candidates:
-        try:
-            model, trainer = load_checkpoint(path, args)
-        except ValueError as error:
-            damaged.append(str(error))
-            continue
-        if damaged and rank == 0:
-            warn(f"{'; '.join(damaged)}: resuming from the one before")
-        return lock, model, trainer
-    if resume_dir:
-        fail(f"--resume: {damaged[0]}: name a checkpoint that a run wrote; --init_from starts from any GPT-2")
-    if damaged:
-        fail(f"{damaged[0]}, and there is none before it: delete it, or name another --log_dir, to start again")
-    return lock, model, None
+    # torch.compile needs a C++ compiler or Triton; a run also works without
+    note = None
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+    if args.compile:
+        error = compile_error(device)
+        if error:
+            args.compile = False
+            note = f"no torch.compile: {error}"
+    eval_model = torch.compile(raw_model) if args.compile else raw_model
+    if world_size == 1:
+        return eval_model, eval_model, note
+    # DistributedDataParallel (DDP) averages the gradients over the ranks during the backward pass
+    ddp_options = {
+        "broadcast_buffers": False,  # the only buffer is constant
+        "gradient_as_bucket_view": True,  # gradients are stored in the buckets that are all-reduced
+    }
+    if args.compile and grad_accum_steps == 1:
+        # torch.compile around DDP splits the backward pass at DDP's buckets, so that the all-reduce of one part
+        # overlaps with the computation of the next. The parts run slower than one graph does: that pays off
+        # only if every backward pass communicates.
+        model = torch.compile(DDP(raw_model, **ddp_options))
+    else:
+        model = DDP(eval_model, **ddp_options)
+    warm_up_ddp(model, raw_model, args, device, autocast)
+    return model, eval_model, note
+
+
+def warm_up_ddp(model, raw_model, args, device, autocast):
+    """Run one backward pass and drop its gradients.
+
+    DDP regroups its gradient buckets after its first backward pass, which changes the order of summation.
+    Without this pass, the first step of a resumed run would differ in the last bit from the same step of an
+    uninterrupted run.
+    """
+    idx = torch.zeros(args.micro_batch_size, args.block_size, dtype=torch.long, device=device)
+    model.train()
+    with autocast:
+        _, loss = model(idx, idx)
+    loss.backward()
+    raw_model.zero_grad(set_to_none=False)
+
+
+def average_over_ranks(loss, norm, stop_requested, world_size):
+    """Return (mean loss, mean gradient norm, whether any rank wants to stop) as numbers, the same on all ranks.
+
+    Reading them is the only time in a step when this process waits for the device (float16 reads the norm, too).
+    """
+    values = torch.stack((loss, norm, torch.full_like(loss, stop_requested))) / world_size
+    if world_size > 1:
+        dist.all_reduce(values)
+    mean_loss, mean_norm, stopping = values.tolist()
+    return mean_loss, mean_norm, stopping > 0
+
+
+def open_tokenizer(name):
+    """Return (tokenizer for the samples or None, note for the header or None)."""
+    try:
+        return get_tokenizer(name), None
+    except ValueError as error:
+        return None, f"no samples: {error}"
+
+
+def attention_backend(device, dtype):
+    """Return the name of the kernel that computes attention in training, such as "Cudnn" or "Flash"."""
+    q = torch.ones(1, 1, 128, 64, device=device, dtype=DTYPES[dtype], requires_grad=True)
+    y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    # the function of the backward pass is named after the kernel
+    match = re.match(r"ScaledDotProduct(.+)Attention", y.grad_fn.name())
+    return match[1] if match else "Math"
+
+
+# Peak FLOP/s of dense matmuls according to NVIDIA's data sheets: (part of the GPU's name, in bfloat16 or float16
+# with float32 accumulation, in TF32 or, on older GPUs, float32).
+PEAK_FLOPS = (
+    ("B200", 2250e12, 1125e12),
+    ("H200 NVL", 835e12, 417e12),
+    ("H200", 989e12, 494e12),
+    ("H100 NVL", 835e12, 417e12),
+    ("H100 PCIe", 756e12, 378e12),
+    ("H100", 989e12, 494e12),
+    ("A100", 312e12, 156e12),
+    ("L40S", 362e12, 183e12),
+    ("L4", 121e12, 60e12),
+    ("T4", 65e12, 8.1e12),
+    ("V100", 125e12, 15.7e12),
+    ("RTX 5090", 209.5e12, 104.8e12),
+    ("RTX 4090", 165.2e12, 82.6e12),
+    ("RTX 3090", 71e12, 35.6e12),
+)
+
+
+def peak_flops(device, dtype, world_size):
+    """Return the peak FLOP/s of world_size GPUs of this kind in a dtype, or None if it is not known."""
+    if device.type != "cuda":
+        return None
+    gpu_name = torch.cuda.get_device_name(device)
+    # laptop GPUs are slower than the cards of the same name
+    if "Laptop" in gpu_name:
+        return None
+    for name, peak_16_bit, peak_32_bit in PEAK_FLOPS:
+        if re.search(rf"\b{name}\b", gpu_name):
+            if dtype == "float32":
+                return world_size * peak_32_bit
+            # these two do not have bfloat16
+            if dtype == "bfloat16" and name in ("T4", "V100"):
+                return None
+            return world_size * peak_16_bit
+    return None
+
+
+def print_header(args, raw_model, train_data, val_data, device, world_size, grad_accum_steps, notes, checkpoint):
+    """Print what is about to run, with every setting resolved."""
+    say(
+        " ".join(f"--{name} {value}" for name, value in vars(args).items()),
+        f"torch {torch.__version__}, {world_size} x {device}, {torch.get_num_threads()} CPU threads each",
+        f"train: {train_data.num_windows:,} windows in {len(train_data.paths)} shards, "
+        f"val: {val_data.num_windows:,} windows",
+        f"{raw_model.num_params:,} parameters",
+        f"{args.total_batch_size:,} tokens per step = {grad_accum_steps} micro-steps x {world_size} processes x "
+        f"{args.micro_batch_size} sequences x {args.block_size} tokens",
+        f"attention kernel: {attention_backend(device, args.dtype)}",
+        *[note for note in notes if note],
+    )
+    if checkpoint:
+        say(f"resuming at step {step_of(checkpoint)} from {checkpoint}")
+
+
+# -------------------------------------------------------------------------------- training loop
+class Reporter:
+    """Prints the progress of a run and writes it to log.txt. On other ranks than 0 its methods do nothing."""
+
+    def __init__(self, run_directory, model, args, device, rank, world_size):
+        self.run_directory = run_directory
+        self.args = args
+        self.is_silent = rank != 0
+        # floating-point operations per token, forward and backward: 6 per parameter, and attention
+        self.flops_per_token = 6 * model.num_params + 12 * args.n_layer * args.n_embd * args.block_size
+        self.peak_flops = peak_flops(device, args.dtype, world_size)
+        self.first_step = None
+        self.first_step_end = None  # in seconds
+        self.skipped_steps = 0
+
+    def validation(self, step, val_loss, samples):
+        """Report the validation loss and the samples."""
+        if self.is_silent:
+            return
+        self.run_directory.log(step, {"val": f"{val_loss:.4f}"})
+        say(f"step {step:5d} | val loss: {val_loss:.4f}")
+        for sample in samples:
+            say("> " + sample.replace("\n", "\n> "))
+
+    def hellaswag(self, step, accuracy):
+        """Report the HellaSwag accuracy."""
+        if self.is_silent:
+            return
+        self.run_directory.log(step, {"hella": f"{accuracy:.4f}"})
+        say(f"step {step:5d} | HellaSwag acc_norm: {accuracy:.4f}")
+
+    def step(self, step, loss, lr, norm, dt):
+        """Report an optimizer step that took dt seconds: in log.txt always, on the screen every --log_interval."""
+        if self.is_silent:
+            return
+        if not math.isfinite(norm):  # a gradient overflowed in float16, and no parameter moved
+            self.skipped_steps += 1
+            self.run_directory.log(step, {"skipped": self.skipped_steps})
+        tokens_per_second = self.args.total_batch_size / dt
+        metrics = {
+            "train": f"{loss:.6f}",
+            "lr": f"{lr:.4e}",
+            "norm": f"{norm:.4f}",
+            "tok/s": f"{tokens_per_second:.1f}",
+        }
+        self.run_directory.log(step, metrics)
+        time_left = self.time_left(step, dt)
+        if step % self.args.log_interval:
+            return
+        mfu = ""  # model FLOPs utilization, the fraction of the GPUs' peak that is used
+        if self.peak_flops is not None:
+            mfu = f" | mfu: {100 * self.flops_per_token * tokens_per_second / self.peak_flops:.1f}%"
+        say(
+            f"step {step:5d} | loss: {loss:.3f} | lr {lr:.1e} | norm: {norm:.3g} | dt: {1000 * dt:.1f}ms | "
+            f"tok/s: {tokens_per_second:.1f}{mfu} | eta {time_left}"
+        )
+
+    def time_left(self, step, dt):
+        """Estimate the time to the end of the run from the mean duration of the steps so far, with evaluations."""
+        now = time.monotonic()
+        seconds_per_step = dt
+        if self.first_step is None:  # it may compile: it does not count
+            self.first_step, self.first_step_end = step, now
+        else:
+            seconds_per_step = (now - self.first_step_end) / (step - self.first_step)
+        return timedelta(seconds=int(seconds_per_step * (self.args.max_steps - step - 1)))
+
+
+def stop_at_bad_loss(step, loss, norm, loader, grad_accum_steps):
+    """Report a loss or gradient norm that is NaN or infinite, with its data, and exit with status 1.
+
+    loss and norm are this rank's. Nothing of this step is saved: the newest checkpoint is from before it.
+    """
+    if loader.rank == 0 or not math.isfinite(loss):
+        places = []
+        for micro_step in range(step * grad_accum_steps, (step + 1) * grad_accum_steps):
+            for index in loader.indices(micro_step):
+                shard, offset = loader.dataset.locate(index)
+                places.append((loader.dataset.paths[shard], offset))
+        warn(f"step {step}, rank {loader.rank}: loss {loss}, norm {norm} on (shard, offset) {places}")
+    sys.exit(1)
+
+
+def finish(run_directory, step, stop, stopping, rank, world_size):
+    """Say why the run ends and leave the process group. Exits with status 1 if the last step is not saved."""
+    if rank == 0 and stopping:
+        reason = stop.reason or "a signal to another rank"
+        say(f"stopped by {reason} at step {step}: continue with --resume")
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank == 0 and run_directory.saved_step < step:
+        warn(f"the final checkpoint, of step {step}, could not be saved")
+        sys.exit(1)
 
 
 def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
-    args, started = parse_args(), time.monotonic()
+    args = parse_args()
+    rank, world_size, device = init_distributed(args.device)
+    check_batch_size(args, world_size)
 
-    # One process a device; torchrun tells each which it is.
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device)
-    if world_size > 1 and device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
-    micro_tokens = (args.micro_batch_size or 1) * args.block_size * world_size
-    if args.total_batch_size % micro_tokens:
-        sizes = f"--micro_batch_size {args.micro_batch_size or 1} * --block_size {args.block_size}"
-        whole = f"{micro_tokens} = {sizes} * {world_size} processes"
-        fail(f"--total_batch_size {args.total_batch_size} is not divisible by {whole}: change one of them")
-    meta, train_windows, val_windows = open_data(args)
-    identity = hashlib.sha256(repr((meta, train_windows.identity, val_windows.identity)).encode()).hexdigest()
-    windows_per_rank = args.total_batch_size // args.block_size // world_size
-    if args.micro_batch_size is None and device.type != "cuda":
-        args.micro_batch_size = math.gcd(windows_per_rank, 16 if args.preset == "shakespeare" else 4)
-    args.data = f"{meta['tokenizer']}-{identity[:12]}"  # changes with the tokens or their order
+    # Rank 0 checks the data, locks the run directory and chooses a checkpoint; all ranks use its results.
+    data_set = on_rank_0(read_data_set, args.data_dir)
+    train_data = TokenDataset(args.data_dir, "train", data_set, args.block_size, args.seed, args.shuffle)
+    val_data = TokenDataset(args.data_dir, "val", data_set, args.block_size, args.seed, shuffle=False)
+    hellaswag, no_hellaswag = on_rank_0(open_hellaswag, args, data_set)
+    run_directory = RunDirectory(args.log_dir)
+    checkpoint = on_rank_0(open_run_directory, run_directory, args)
 
-    # Numbers: 16 bits in matmuls where the device is fast at them, float32 everywhere else.
-    if args.dtype is None:
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = "bfloat16" if has_bfloat16 else "float16" if device.type == "cuda" else "float32"
-    dtype = DTYPES[args.dtype]
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    if device.type == "cpu":
-        keep_freed_memory()
+    # The model and the optimizers, new or from the checkpoint, then torch.compile and DDP around the model.
+    torch.manual_seed(args.seed)  # the same on all ranks: they start from the same weights
+    raw_model, trainer_state = init_model(args, data_set, checkpoint, device)
+    autocast, scaler, dtype_reason = init_precision(args, trainer_state, device)
+    optimizers, start_step = init_optimizers(raw_model, trainer_state, scaler, args, device, rank, world_size)
+    grad_accum_steps = set_micro_batch_size(raw_model, trainer_state, args, device, autocast, world_size)
+    model, eval_model, no_compile = wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps)
 
-    # The model and the optimizers, new or as a checkpoint has them.
-    torch.manual_seed(args.seed)
-    lock, raw_model, trainer = open_run(args, meta, rank)
-    args.n_layer, args.n_head, args.n_embd = (getattr(raw_model.config, name) for name in SHAPE_FLAGS)
-    start_step = trainer["step"] if trainer else 0
-    raw_model.to(device)
-    optimizer_args = (args.optimizer, args.learning_rate, args.weight_decay, device, rank, world_size)
-    optimizers = make_optimizers(raw_model, *optimizer_args)
-    if trainer:
-        for optimizer, state in zip(optimizers, trainer["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        scaler.load_state_dict(trainer["scaler"])
-
-    # What wraps the model shares its weights; evaluation and sampling use raw_model.
-    notes = []  # what this run does without
-    if args.compile is None:
-        args.compile = device.type == "cuda"
-    if args.compile and (why := try_compile(device)):
-        args.compile = False
-        notes.append(f"no torch.compile: {why}")
-    if world_size > 1:
-        backend, store = "nccl" if device.type == "cuda" else "gloo", None
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store keeps dead processes' addresses at a restart
-            store = next(dist.rendezvous("env://"))[0]
-            store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    log_file = open_log(args, meta, start_step) if rank == 0 else None  # now that no rank looks for a run any more
-    if args.micro_batch_size is None:
-        limit = math.gcd(windows_per_rank, 64)  # a power of two; beyond it GPUs gain no speed
-        fits = torch.tensor(largest_micro_batch(raw_model, limit, device, autocast), device=device)
-        if world_size > 1:
-            dist.all_reduce(fits, op=dist.ReduceOp.MIN)
-        args.micro_batch_size = fits.item()
-    grad_accum_steps = windows_per_rank // args.micro_batch_size
-    model = raw_model
-    if world_size > 1:
-        model = DDP(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    if args.compile:  # outside DDP: its graph is cut where a bucket of gradients is full, whose sum starts there
-        model = torch.compile(model)
-
-    # What is about to run, everything resolved.
-    flops_per_token = 6 * raw_model.num_params + 12 * args.n_layer * args.n_embd * args.block_size
-    peak = matmul_peak(device, dtype)
-    enc, tokenizer, examples = None, {}, None
-    try:
-        enc, tokenizer = get_tokenizer(meta["tokenizer"]), tokenizer_files(meta["tokenizer"])
-    except requests.RequestException:
-        notes.append("no samples: GPT-2's vocabulary cannot be fetched; TIKTOKEN_CACHE_DIR can name a folder with it")
-    if args.hellaswag_interval:
-        examples, why = open_hellaswag(enc, meta["tokenizer"], rank, world_size)
-        notes += [f"no HellaSwag: {why}"] if why else []
+    # Rank 0 opens the log and prints what is about to run.
+    enc, no_samples = open_tokenizer(data_set["tokenizer"])
+    no_tokenizer_files = on_rank_0(run_directory.start, start_step, args, data_set)
     if rank == 0:
-        say(
-            " ".join(f"--{name} {value}" for name, value in vars(args).items()),
-            f"torch {torch.__version__}, {world_size} x {device}, {torch.get_num_threads()} CPU threads each",
-            f"train: {train_windows.total:,} windows in {len(train_windows.paths)} shards, val: {val_windows.total:,}",
-            f"{raw_model.num_params:,} parameters, {args.total_batch_size:,} tokens a step = {grad_accum_steps} x "
-            f"{world_size} x {args.micro_batch_size} x {args.block_size}",
-            *notes,
-            f"matmul peak {peak / 1e12:.3g} TFLOP/s in {args.dtype}, measured: mfu is the share of it",
-            *([f"resuming at step {start_step}"] if trainer else []),
-        )
+        notes = [dtype_reason, no_compile, no_samples, no_hellaswag, no_tokenizer_files]
+        print_header(args, raw_model, train_data, val_data, device, world_size, grad_accum_steps, notes, checkpoint)
+    reporter = Reporter(run_directory, raw_model, args, device, rank, world_size)
+    loader = BatchLoader(train_data, args.micro_batch_size, rank, world_size, device)
+    stop = StopRequest(args.max_hours)
+    stopping = False  # all ranks stop at the same step
+    in_parallel = (args.micro_batch_size, rank, world_size, device, autocast, stop)
 
-    def log(step, **values):
-        try:
-            if log_file:
-                log_file.writelines(f"{step} {kind} {value}\n" for kind, value in values.items())
-                log_file.flush()
-        except OSError as error:
-            warn(f"{args.log_dir}/log.txt cannot be written ({error.strerror}); the run goes on")
-
-    def save(step):
-        nonlocal saved_step
-        try:
-            if rank == 0 and step > saved_step:
-                save_checkpoint(args.log_dir, step, raw_model, tokenizer, optimizers, scaler, args)
-                saved_step = step
-        except DISK_ERRORS as error:
-            warn(f"no checkpoint at step {step} ({str(error).splitlines()[0]}); the run goes on")
-
-    def windows_of(micro_step):  # counted from the first step of the run: which they are hangs on nothing else
-        first = (micro_step * world_size + rank) * args.micro_batch_size
-        return range(first, first + args.micro_batch_size)
-
-    def next_batch(micro_step):
-        return to_device(train_windows.batch(windows_of(micro_step)), device)
-
-    caught = catch_signals()
-    stopping, saved_step, skipped_steps = False, start_step, 0
-    x, y = next_batch(start_step * grad_accum_steps)
+    x, y = loader.load(start_step * grad_accum_steps)
     for step in range(start_step, args.max_steps + 1):
         last_step = step == args.max_steps
-        if last_step or stopping or step % args.checkpoint_interval == 0:
-            save(step)
-        if not stopping and (last_step or step % args.eval_interval == 0):
-            val_args = (args.val_tokens, args.micro_batch_size, rank, world_size, device, autocast, caught)
-            val_loss = evaluate(raw_model, val_windows, *val_args)
-            stopping = val_loss is None  # the resumed run evaluates this step again
-            if rank == 0 and not stopping:
-                log(step, val=f"{val_loss:.4f}")
-                say(f"step {step:5d} | val loss: {val_loss:.4f}")
-                sample_args = (enc, args.prompt, args.max_new_tokens, device, autocast)
-                for text in sample(raw_model, *sample_args) if enc and math.isfinite(val_loss) else []:
-                    say(f"> {text}".replace("\n", "\n> "))
-        if examples and not stopping and (last_step or step % args.hellaswag_interval == 0):
-            acc_norm = evaluate_hellaswag(raw_model, examples, rank, world_size, device, autocast, caught)
-            stopping = acc_norm is None
-            if rank == 0 and not stopping:
-                log(step, hella=f"{acc_norm:.4f}")
-                say(f"step {step:5d} | HellaSwag acc_norm: {acc_norm:.4f}")
-        if rank == 0 and args.plot and (last_step or stopping or step % args.eval_interval == 0):
-            draw_curves(args.log_dir)
+
+        # at fixed intervals and at the end: save a checkpoint, then evaluate
+        if step % args.checkpoint_interval == 0 or last_step or stopping:
+            run_directory.save(step, raw_model, optimizers, scaler, args)
+        if not stopping and (step % args.eval_interval == 0 or last_step):
+            val_loss = evaluate(eval_model, raw_model, val_data, args.val_tokens, *in_parallel)
+            stopping = any_rank(stop.reason, device, world_size)
+            if not stopping:  # otherwise the resumed run evaluates this step
+                samples = generate_samples(raw_model, enc, args, device, autocast, rank, val_loss)
+                reporter.validation(step, val_loss, samples)
+        if hellaswag and not stopping and (step % args.hellaswag_interval == 0 or last_step):
+            accuracy = evaluate_hellaswag(raw_model, hellaswag, *in_parallel)
+            stopping = any_rank(stop.reason, device, world_size)
+            if not stopping:
+                reporter.hellaswag(step, accuracy)
         if last_step or stopping:
-            save(step)
+            run_directory.save(step, raw_model, optimizers, scaler, args)  # unless this step is saved already
             break
 
-        # One step: the gradient of the mean loss over all its windows, a micro-batch at a time.
+        # one optimizer step: accumulate the gradients of grad_accum_steps micro-batches
         start = time.perf_counter()
         model.train()
-        torch.manual_seed(args.seed + step * world_size + rank)  # of dropout: it follows from the step, too
-        loss = torch.zeros((), device=device)
-        micro_steps = range(step * grad_accum_steps, (step + 1) * grad_accum_steps)
-        for micro_step in micro_steps:
-            # DDP adds up the ranks' gradients in the last backward alone; the flag covers the forward pass too.
-            with model.no_sync() if world_size > 1 and micro_step != micro_steps[-1] else nullcontext():
+        torch.manual_seed(args.seed + step * world_size + rank)  # dropout depends on the step only, also on resume
+        loss = torch.zeros((), device=device)  # stays on the device: reading it would wait for the computation
+        for i in range(grad_accum_steps):
+            # DDP averages the gradients over the ranks during a backward pass. Doing it once per step, in the
+            # last backward pass, is enough. no_sync must also cover the forward pass, which prepares it.
+            is_last = i == grad_accum_steps - 1
+            with nullcontext() if world_size == 1 or is_last else model.no_sync():
                 with autocast:
-                    micro_loss = model(x, y)[1] / grad_accum_steps
+                    _, micro_loss = model(x, y)
+                micro_loss = micro_loss / grad_accum_steps  # gradients add up: dividing makes their sum a mean
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-            x, y = next_batch(micro_step + 1)  # while a GPU still computes this one
-        lr = SCHEDULES[args.schedule](step, args.learning_rate, args.warmup_steps, args.max_steps)
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip)
-        stop = caught or args.max_hours and time.monotonic() - started > 3600 * args.max_hours
-        totals = torch.stack((loss, norm, torch.full_like(loss, bool(stop)))) / world_size
-        if world_size > 1:
-            dist.all_reduce(totals)  # all ranks agree on the loss, and on stopping
-        if not scaler.is_enabled() or math.isfinite(norm):  # a gradient that overflows float16 moves no parameter
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-        scaler.update()
-        raw_model.zero_grad(set_to_none=True)
-        mean_loss, norm, stopping = totals.tolist()  # the one wait for the device in a step, but for float16's
-        dt = time.perf_counter() - start
-        if not math.isfinite(mean_loss + norm):
-            if not scaler.is_enabled() or not math.isfinite(mean_loss):
-                if rank == 0 or not math.isfinite(loss.item()):
-                    indices = [index for micro_step in micro_steps for index in windows_of(micro_step)]
-                    places = [(train_windows.paths[shard], at) for shard, at in map(train_windows.locate, indices)]
-                    warn(f"step {step}, rank {rank}: loss {loss.item()}, norm {norm} on (shard, offset) {places}")
-                sys.exit(1)  # without saving: the newest checkpoint is from before this loss
-            skipped_steps += 1  # float16 overflowed: the scaler scales less from here on
-            log(step, skipped=skipped_steps)
-        tokens_per_second = args.total_batch_size / dt
-        log(step, train=f"{mean_loss:.6f}", lr=f"{lr:.4e}", norm=f"{norm:.4f}", **{"tok/s": f"{tokens_per_second:.1f}"})
-        if rank == 0 and step % args.log_interval == 0:
-            mfu = 100 * flops_per_token * tokens_per_second / world_size / peak
-            say(
-                f"step {step:5d} | loss: {mean_loss:.3f} | lr {lr:.1e} | norm: {norm:.3g} | dt: {1000 * dt:.1f}ms | "
-                f"tok/s: {tokens_per_second:.1f} | mfu: {mfu:.1f}%"
-            )
+            x, y = loader.load(step * grad_accum_steps + i + 1)  # load the next batch while a GPU computes
 
-    if rank == 0 and stopping:
-        say(f"stopped by {caught[0][0] if caught else 'the clock'} at step {step}: --resume goes on")
-    if world_size > 1:
-        del model  # DDP holds the process group: freed by anything but the next line, gloo can deadlock at exit
-        dist.destroy_process_group()
-    if rank == 0 and saved_step < step:
-        warn(f"the last state, of step {step}, could not be saved")
-        sys.exit(1)
-    del lock  # held until here
+        # clip the gradients, which limits the effect of a bad batch, and update the parameters
+        norm = clip_gradients(raw_model, optimizers, scaler, args.grad_clip)
+        lr = SCHEDULES[args.schedule](step, args.learning_rate, args.warmup_steps, args.max_steps)
+        update_parameters(optimizers, scaler, lr, norm)
+        # DDP's gradients are views of its buckets, which must stay: they are filled with zeros instead of freed.
+        raw_model.zero_grad(set_to_none=world_size == 1)
+
+        # report the step; its loss is the mean over all micro-batches and ranks
+        mean_loss, mean_norm, stopping = average_over_ranks(loss, norm, stop.requested(), world_size)
+        dt = time.perf_counter() - start
+        if not math.isfinite(mean_loss) or not (math.isfinite(mean_norm) or scaler.is_enabled()):
+            stop_at_bad_loss(step, loss.item(), norm.item(), loader, grad_accum_steps)
+        reporter.step(step, mean_loss, lr, mean_norm, dt)
+
+    del model  # DDP holds the process group; freed by anything else than the next line, gloo can deadlock at exit
+    finish(run_directory, step, stop, stopping, rank, world_size)
+
+
+def run_rank():
+    """Call main() and end the process: user errors, and what a run can meet on its way, give one line on stderr."""
+    status = 1
+    try:
+        main()
+        return
+    except SystemExit as error:
+        status = error.code
+    except UserError as error:  # all ranks meet it
+        status = 2
+        if os.environ.get("RANK", "0") == "0":
+            report_error(error)
+    except DataError as error:  # this rank alone meets it
+        status = 2
+        report_error(error)
+    except Exception as error:
+        rank = os.environ.get("RANK")
+        if is_out_of_memory(error):
+            status = 2
+            report_error("out of memory: use a smaller --micro_batch_size or model (with --resume to continue)")
+        elif rank is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            # Two ranks report it: rank 0 may be the one that has crashed.
+            if rank in ("0", "1"):
+                cause = str(error).partition(". ")[0]
+                report_error(f"rank {rank} lost contact with another rank ({cause}): continue with --resume")
+        elif isinstance(error, OSError):
+            report_error(error)
+        else:
+            traceback.print_exc()
+    exit_process(status)
+
+
+def is_out_of_memory(error):
+    """Return whether an exception means that the GPU or the machine is out of memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error)  # PyTorch's RuntimeError on a CPU
+
+
+def exit_process(status):
+    """Exit. Under torchrun, do it at once: a normal exit could wait forever for a rank that has crashed."""
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (SystemExit, Exception) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            say("error: out of memory on the device: take a smaller --micro_batch_size and --resume", file=sys.stderr)
-            error = SystemExit(2)
-        if "RANK" not in os.environ:
-            raise error
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            cause = str(error).partition(". ")[0]
-            if os.environ["RANK"] in ("0", "1"):  # not all of them, and not the first alone: it may be the dead one
-                say(f"error: rank {os.environ['RANK']} lost another ({cause}): --resume goes on", file=sys.stderr)
-        elif not isinstance(error, SystemExit):
-            sys.excepthook(*sys.exc_info())
-        os._exit(error.code if isinstance(error, SystemExit) else 1)  # an orderly exit could wait for a dead rank
+    run_script(run_rank)

@@ -1,9 +1,10 @@
-"""What the tests share: scripts as modules, as calls and as processes, and tiny data sets.
+"""Helpers that several test files need: running scripts, tiny data sets, reading logs and checkpoints.
 
 Everything here runs on the CPU with one thread and without a network.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -32,11 +33,37 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-# A model of about 30,000 parameters, 8 windows a step.
-TINY_MODEL = ["--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16]
-TINY = [*TINY_MODEL, "--total_batch_size", 128, "--micro_batch_size", 8, "--max_steps", 5, "--warmup_steps", 2]
-TINY += ["--learning_rate", 1e-3, "--eval_interval", 5, "--val_tokens", 400, "--checkpoint_interval", 100]
-TINY += ["--log_interval", 1, "--prompt", "KING", "--device", "cpu", "--no-plot"]
+# Flags of train_gpt2.py for a model of about 30,000 parameters, 8 windows per step, 5 steps.
+TINY_FLAGS = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 16,
+    "total_batch_size": 128,
+    "micro_batch_size": 8,
+    "max_steps": 5,
+    "warmup_steps": 2,
+    "learning_rate": 1e-3,
+    "eval_interval": 5,
+    "val_tokens": 400,
+    "checkpoint_interval": 100,
+    "log_interval": 1,
+    "prompt": "KING",
+    "device": "cpu",
+}
+
+
+def tiny_flags(**changes):
+    """TINY_FLAGS as a list of arguments, with some of them changed; None leaves a flag out."""
+    flags = []
+    for name, value in {**TINY_FLAGS, **changes}.items():
+        if value is not None:
+            flags += [f"--{name}", value]
+    return flags
+
+
+TINY = tiny_flags()
+NO_SHAPE = tiny_flags(n_layer=None, n_head=None, n_embd=None)  # for --init_from
 
 
 # ------------------------------------------------------------------------------------- scripts
@@ -52,24 +79,39 @@ def load(script):
 def call(script, *args):
     """Run main() of a script (a name, or a module from load) with flags args, in this process.
 
-    Returns what subprocess.run would: exit status, stdout and stderr. An exception of the script passes through.
+    Returns what subprocess.run would: exit status, stdout and stderr. train_gpt2.py reports its errors in
+    run_rank(). An exception of another script passes through.
     """
     module = load(script) if isinstance(script, str) else script
-    out, err, argv, environment, code = io.StringIO(), io.StringIO(), sys.argv, dict(os.environ), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    main = getattr(module, "run_rank", module.main)
+    module.exit_process = sys.exit  # under torchrun's variables it would end this process at once
+    out, err = io.StringIO(), io.StringIO()
+    argv, environment = sys.argv, dict(os.environ)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    status = 0
     sys.argv = [f"{module.__name__}.py", *map(str, args)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            module.main()
+            main()
     except SystemExit as stop:
-        code = stop.code or 0
+        status = stop.code or 0
     finally:
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environment)
         for number, handler in handlers.items():  # so that Ctrl-C still ends the tests
             signal.signal(number, handler)
-    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+def assert_user_error(done, *needles):
+    """Check that a script ended with status 2 and one line on stderr that contains the needles."""
+    assert done.returncode == 2, done.stdout[-500:] + done.stderr
+    assert done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    for needle in needles:
+        assert str(needle) in done.stderr, done.stderr
 
 
 def command(script, *args):
@@ -101,8 +143,36 @@ def read_log(log_dir):
 
 
 def losses(log_dir, kind="train"):
-    """The losses of log.txt as {step: loss}."""
+    """The values of one kind in log.txt as {step: value}."""
     return {step: float(value) for (step, name), value in read_log(log_dir).items() if name == kind}
+
+
+def reproducible(log_dir):
+    """What log.txt must contain again after a resumed run: everything except the speed."""
+    return {key: value for key, value in read_log(log_dir).items() if key[1] != "tok/s"}
+
+
+def weights_file(log_dir, step=5):
+    """The path of the weights in a checkpoint."""
+    return Path(log_dir) / f"step_{step:06d}" / "model.safetensors"
+
+
+def sign(checkpoint):
+    """Make sha256.json of a checkpoint agree with its files as they are now."""
+    files = [path for path in checkpoint.iterdir() if path.name != "sha256.json"]
+    checksums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    (checkpoint / "sha256.json").write_text(json.dumps(checksums))
+
+
+def random_gpt2(directory, **changes):
+    """Save a random GPT2LMHeadModel of transformers over bytes in directory, and return it."""
+    import transformers  # imported here because it is slow
+
+    shape = {"vocab_size": 257, "n_positions": 40, "n_layer": 3, "n_head": 3, "n_embd": 48, "n_inner": 100}
+    config = transformers.GPT2Config(**{**shape, "activation_function": "relu", **changes})
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(directory)
+    return model
 
 
 # -------------------------------------------------------------------------------------- shards
