@@ -1,13 +1,13 @@
 """
 Evaluate a GPT-2 on HellaSwag: does it find the correct one of four endings the most likely?
 
-    python hellaswag.py                                     # the newest checkpoint in log/
-    python hellaswag.py --model gpt2                        # OpenAI's GPT-2, from the Hugging Face Hub
+    python hellaswag.py                               # the newest checkpoint in log/
+    python hellaswag.py --model gpt2                  # OpenAI's GPT-2, from the Hugging Face Hub
     python hellaswag.py --model log/step_019073 --output scores.json
-    python hellaswag.py --prepare                           # write the file that train_gpt2.py evaluates on
+    python hellaswag.py --prepare                     # write the file that train_gpt2.py reads
 
-HellaSwag asks how everyday scenes continue. An example has a context, four endings and a label, the number of the
-correct ending. This one is invented, in the form of the data set:
+HellaSwag asks how everyday scenes continue. An example has a context, four endings and a label,
+which is the number of the correct ending. This one is invented, in the form of the data set:
 
     {"ind": 24,
      "ctx": "A man kneels on the kitchen floor next to an open toolbox. He",
@@ -17,8 +17,9 @@ correct ending. This one is invented, in the form of the data set:
                  "paints the dog's nails."],
      "label": 2}
 
-A language model cannot be asked to choose. It can compute the probability of each ending after the context. The
-loss of a token is -ln(its probability); the four rows "context + ending" give losses such as
+A language model cannot be asked to choose. But it computes the probability of each token given the
+tokens before it, and so it can say how likely each ending is after the context. The loss of a token
+is -ln(its probability). The losses of the four endings could be
 
     ending   tokens   total loss   mean loss per token
          0        7         24.5                  3.50
@@ -26,18 +27,21 @@ loss of a token is -ln(its probability); the four rows "context + ending" give l
          2       12         34.8                  2.90    <- the correct ending
          3        6         23.4                  3.90
 
-acc picks the ending with the lowest total loss, here 3, which is wrong: short endings have an advantage. acc_norm
-picks the ending with the lowest mean loss, here 2, which is correct. Both are fractions of examples that are
-answered correctly. Random guessing gives 0.25. As in build-nanogpt and llm.c, the context and " " + ending are
-tokenized separately, and the losses of the context do not count. The last line of the output for gpt2 is
+acc picks the ending with the lowest total loss. Here it is ending 3, which is wrong: short endings
+have an advantage. acc_norm picks the ending with the lowest mean loss per token. Here it is ending
+2, which is correct. Both are reported as the fraction of examples that are answered correctly.
+Random guessing gives 0.25. As in build-nanogpt and llm.c, the context and " " + ending are
+tokenized separately, and the losses of the context do not count. The last line of the output for
+--model gpt2 is
 
     10042 acc: 0.2859 acc_norm: 0.2955
 
 as published with build-nanogpt. Larger GPT-2 models and training on more tokens give more.
 
-The validation set (10,042 examples) is downloaded once, to hellaswag/hellaswag_val.parquet. --data FILE uses another
-file. --output writes the losses of every ending as JSON. --prepare writes hellaswag/hellaswag_val.npz. With GPT-2
-124M, two CPU cores take about an hour, and a GPU takes less than a minute.
+The validation set (10,042 examples) is downloaded once, to hellaswag/hellaswag_val.parquet. --data
+FILE uses another file. --output FILE writes the losses of every ending as JSON. --prepare writes
+hellaswag/hellaswag_val.npz. With GPT-2 124M, two CPU cores take about an hour in float32, and a GPU
+less than a minute.
 
 Sections: scoring, data, model, loading, command line.
 """
@@ -68,7 +72,7 @@ from tqdm import tqdm
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPO_ID = "Rowan/hellaswag"  # the authors' data set on the Hugging Face Hub
 PARQUET_PATH = "hellaswag/hellaswag_val.parquet"  # the validation set, downloaded from the Hub
-JSONL_PATH = "hellaswag/hellaswag_val.jsonl"  # the same in the format of the authors' repository, used if present
+JSONL_PATH = "hellaswag/hellaswag_val.jsonl"  # the same as JSON lines, used if it exists
 PREPARED_PATH = "hellaswag/hellaswag_val.npz"  # written by --prepare and read by train_gpt2.py
 NUM_EXAMPLES = 10042  # in the validation set
 
@@ -86,66 +90,94 @@ class Example:
 
 @torch.inference_mode()
 def score_endings(model, contexts, endings):
-    """Return the loss of each ending in nats: total losses and mean losses per token, two (B, k) tensors.
+    """Return the losses of endings in nats: totals and means per token, two (B, k) tensors.
 
-    contexts are B lists of n tokens, all of the same length n. endings[b] are the k endings of contexts[b].
-    The k rows "context + ending" of an example have the context in common. So the model processes the context once,
-    and its attention keys and values are copied for the k endings. For four endings, this is about three times less
-    work than processing four complete rows, with the same result.
+    contexts are B lists of n tokens, all with the same n. endings[b] are the k endings of
+    contexts[b]. All k rows "context + ending" of an example begin with the same context. So the
+    model processes each context once, and its attention keys and values are copied for the k
+    endings. With four endings, this is two to three times less work than four complete rows, and
+    the losses are the same.
     """
-    B, k = len(contexts), len(endings[0])
+    B = len(contexts)
+    k = len(endings[0])
+    n = len(contexts[0])
     device = model.wte.weight.device
 
-    # 1. The contexts. Their last hidden state predicts the first token of each ending.
-    n = len(contexts[0])
+    # 1. Process the contexts. Their last hidden state predicts the first token of each ending.
     cache = model.new_cache(B, n)
     x = model(torch.tensor(contexts, device=device), cache)  # (B, n) -> (B, n, C)
-    first = x[:, -1:].repeat_interleave(k, dim=0)  # (B, n, C) -> (B * k, 1, C)
+    x = x[:, -1:]  # (B, n, C) -> (B, 1, C)
 
-    # 2. The endings, one per row, padded at the end. Causal attention looks at earlier tokens only, so padding does
-    # not change the hidden states of the tokens before it.
-    rows = [ending for endings_of_example in endings for ending in endings_of_example]
-    T = max(len(row) for row in rows)
-    tokens = torch.zeros(B * k, T, dtype=torch.int64)
-    is_token = torch.zeros(B * k, T, dtype=torch.bool)  # False at padding
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-        is_token[i, : len(row)] = True
-    tokens = tokens.to(device)
-    is_token = is_token.to(device)
-    if T > 1:
-        cache = cache.repeat(k, n + T - 1)
-        rest = model(tokens[:, :-1], cache)  # (B * k, T - 1) -> (B * k, T - 1, C); the last token predicts nothing
-        x = torch.cat((first, rest), dim=1)  # (B * k, T, C): x[:, t] predicts tokens[:, t]
-    else:
-        x = first
+    # 2. Sort the B * k endings by length. Ending i belongs to context i // k.
+    rows = []
+    for endings_of_example in endings:
+        rows += endings_of_example
+    order = sorted(range(B * k), key=lambda i: len(rows[i]))
 
-    # 3. The losses. Logits are large (1,024 tokens of GPT-2: 206 MB), so they are computed in chunks, and not at all
-    # for padding.
-    losses = []
-    for hidden, targets in zip(x[is_token].split(1024), tokens[is_token].split(1024), strict=True):
-        logits = model.logits(hidden).float()  # (N, C) -> (N, vocab_size)
-        losses.append(F.cross_entropy(logits, targets, reduction="none"))  # (N,)
-    loss_of_token = torch.zeros(B * k, T, device=device)
-    loss_of_token[is_token] = torch.cat(losses)
+    # 3. Process the endings in groups of similar length, which need little padding. On a GPU, one
+    # large group is faster than less padding.
+    group_size = 8 if device.type == "cpu" else B * k
+    totals = torch.zeros(B * k, dtype=torch.float64)
+    for start in range(0, B * k, group_size):
+        group = order[start : start + group_size]
+        context_of = torch.tensor([i // k for i in group], device=device)  # (N,)
+        longest = max(len(rows[i]) for i in group)
+        copies = cache.select(context_of, n + longest - 1)
+        losses = compute_losses(model, copies, x[context_of], [rows[i] for i in group])
+        totals[group] = losses.sum(dim=1)
 
-    # 4. Total and mean over the tokens of each ending.
-    totals = loss_of_token.cpu().double().sum(dim=1)  # (B * k,)
-    means = totals / is_token.cpu().sum(dim=1)
+    lengths = torch.tensor([len(row) for row in rows])  # (B * k,)
+    means = totals / lengths
     return totals.view(B, k), means.view(B, k)
 
 
-def score_long_example(model, example):
-    """Return what score_endings does, (1, 4), for an example that is longer than the model's n_positions.
+def compute_losses(model, cache, x, rows):
+    """Return the loss of each token in N rows as float64, (N, T) with zeros at the end of rows.
 
-    Of each row "context + ending" only the last n_positions tokens are used. That removes the beginning of the context,
-    by a different number of tokens for each ending. So each ending is scored by itself.
+    rows are lists of at most T tokens. Row i continues sequence i of the cache, and x (N, 1, C) is
+    the last hidden state of that sequence.
+    """
+    # Padding does not change the losses of a row, because it is at the end, and causal attention
+    # looks at earlier tokens only.
+    N = len(rows)
+    T = max(len(row) for row in rows)
+    tokens = torch.zeros(N, T, dtype=torch.int64)
+    is_token = torch.zeros(N, T, dtype=torch.bool)  # False at padding
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        is_token[i, : len(row)] = True
+    tokens = tokens.to(x.device)
+    is_token = is_token.to(x.device)
+
+    # The hidden states that predict the tokens. The last token of a row predicts nothing here.
+    if T > 1:
+        rest = model(tokens[:, :-1], cache)  # (N, T - 1) -> (N, T - 1, C)
+        x = torch.cat((x, rest), dim=1)  # (N, 1, C) -> (N, T, C): x[:, t] predicts tokens[:, t]
+
+    # Logits are large, 206 MB for 1,024 tokens of GPT-2's vocabulary. So they are computed in
+    # chunks, and not at all for padding.
+    losses = []
+    x = x[is_token]  # (N, T, C) -> (M, C) for M tokens in all rows
+    y = tokens[is_token]  # (N, T) -> (M,)
+    for x_chunk, y_chunk in zip(x.split(1024), y.split(1024), strict=True):
+        logits = model.logits(x_chunk).float()  # (1024, C) -> (1024, vocab_size)
+        losses.append(F.cross_entropy(logits, y_chunk, reduction="none"))
+    loss_of_token = torch.zeros(N, T, device=x.device)
+    loss_of_token[is_token] = torch.cat(losses)
+    return loss_of_token.cpu().double()
+
+
+def score_long_example(model, example):
+    """Return the same as score_endings, (1, 4), for an example longer than the model's n_positions.
+
+    Only the last n_positions tokens of each row "context + ending" are used. So each ending may
+    have a different part of the context, and is scored by itself.
     """
     totals = []
     means = []
     for ending in example.endings:
         tokens = (example.context + ending)[-model.config["n_positions"] :]
-        # The first token has no loss, because nothing predicts it: it counts as context, even if it is of the ending.
+        # Nothing predicts the first token. It counts as context even if it is part of the ending.
         n = max(1, len(tokens) - len(ending))
         total, mean = score_endings(model, [tokens[:n]], [[tokens[n:]]])
         totals.append(total)
@@ -159,37 +191,44 @@ def row_length(example):
 
 
 def make_batches(examples, n_positions, batch_size):
-    """Return lists of at most batch_size indices of examples that score_endings can process together.
+    """Return lists of at most batch_size indices of examples, one list per call of score_endings.
 
-    The contexts of a batch have the same length. Examples with similar endings are neighbors, so that there is
-    little padding. An example longer than n_positions is a batch of its own. The longest come first: if memory is too
-    small, the error comes at once.
+    The contexts of a batch have the same length. An example longer than n_positions is a batch of
+    its own.
     """
-    order = sorted(
-        range(len(examples)),
-        key=lambda i: (len(examples[i].context), row_length(examples[i])),
-        reverse=True,
-    )
+    # Sort by the length of the context, then by the longest row, so that endings in a batch have
+    # similar lengths and need little padding. The longest examples come first: if the memory is too
+    # small for them, the error comes at once.
+    order = list(range(len(examples)))
+    order.sort(key=lambda i: (len(examples[i].context), row_length(examples[i])), reverse=True)
+
     batches = []
     for i in order:
-        previous = examples[batches[-1][0]] if batches else None
-        if (
-            previous is None
-            or len(previous.context) != len(examples[i].context)
-            or len(batches[-1]) == batch_size
-            or row_length(previous) > n_positions
-        ):
-            batches.append([])
-        batches[-1].append(i)
+        joins_last_batch = False
+        if batches:
+            first = examples[batches[-1][0]]
+            joins_last_batch = (
+                len(first.context) == len(examples[i].context)
+                and len(batches[-1]) < batch_size
+                and row_length(first) <= n_positions
+            )
+        if joins_last_batch:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
     return batches
 
 
 def evaluate(model, examples, batch_size):
-    """Yield (index, total losses, mean losses) of each example, two lists of 4 numbers in nats per example."""
+    """Yield (index, total losses, mean losses) for each example.
+
+    The losses are lists of four numbers in nats.
+    """
     n_positions = model.config["n_positions"]
     for batch in make_batches(examples, n_positions, batch_size):
-        if row_length(examples[batch[0]]) > n_positions:
-            totals, means = score_long_example(model, examples[batch[0]])
+        first = examples[batch[0]]
+        if row_length(first) > n_positions:
+            totals, means = score_long_example(model, first)
         else:
             contexts = [examples[i].context for i in batch]
             endings = [examples[i].endings for i in batch]
@@ -199,15 +238,18 @@ def evaluate(model, examples, batch_size):
 
 # ---------------------------------------------------------------------------------------- data
 def check_example(example, where):
-    """Raise ValueError if an object is not a HellaSwag example. where says where it is from."""
+    """Raise ValueError if example is not a HellaSwag example. where names its line and file."""
     if not isinstance(example, dict):
         raise ValueError(f"{where} is not a HellaSwag example: it is not a JSON object")
-    ind, label = example.get("ind"), example.get("label")
-    context, endings = example.get("ctx"), example.get("endings")
+    ind = example.get("ind")
+    label = example.get("label")
+    context = example.get("ctx")
+    endings = example.get("endings")
     reason = None
     if type(ind) is not int or not 0 <= ind < 2**31:
         reason = f"'ind' must be the number of the example, but it is {ind!r}"
-    elif type(label) not in (int, str) or str(label) not in ("0", "1", "2", "3"):  # a str in the Hub's file
+    elif label not in (0, 1, 2, 3, "0", "1", "2", "3") or type(label) not in (int, str):
+        # The Hub's file has text. Python's True equals 1, so the type is checked also.
         reason = f"'label' must be 0 to 3, but it is {label!r}"
     elif not isinstance(context, str) or not context:
         reason = "'ctx' must be a text that is not empty"
@@ -220,19 +262,22 @@ def check_example(example, where):
 
 
 def read_rows(path):
-    """Return [(where, object), ...] for the lines of a JSON-lines file or the rows of a parquet file."""
+    """Return a list of (where, object) for the lines of a JSON-lines file or the rows of parquet.
+
+    where names the line and the file, for messages. Raises ValueError if the file is damaged.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
     with open(path, "rb") as file:
         content = file.read()
     rows = []
-    if content[:4] == b"PAR1":  # the first bytes of every parquet file
+    if content.startswith(b"PAR1"):  # every parquet file begins with these bytes
         try:
             table = pq.read_table(path, columns=["ind", "label", "ctx", "endings"])
             objects = table.to_pylist()
         except Exception as error:  # damaged files raise many types of errors
             reason = " ".join(str(error).split())
-            raise ValueError(f"{path} is not a parquet file with HellaSwag examples ({reason})") from None
+            raise ValueError(f"{path} does not contain HellaSwag examples ({reason})") from None
         for number, example in enumerate(objects, 1):
             rows.append((f"row {number} of {path}", example))
         return rows
@@ -241,15 +286,16 @@ def read_rows(path):
         try:
             rows.append((where, json.loads(line)))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not a HellaSwag example: it is not valid JSON ({error})") from None
+            raise ValueError(f"{where} is not valid JSON ({error})") from None
     return rows
 
 
 def read_hellaswag(path, num_examples=None):
-    """Return the examples of a JSON-lines or parquet file as a list of checked dicts: ind, label, ctx, endings.
+    """Return the examples of a JSON-lines or parquet file as a list of dicts.
 
-    Raises ValueError if one is malformed or there are not num_examples (None: at least one), OSError if there is no
-    such file.
+    All have the keys ind, label, ctx and endings, with checked values. Raises ValueError if an
+    example is malformed, or if the file does not contain num_examples (None: at least one)
+    examples. Raises OSError if the file cannot be read.
     """
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         raise ValueError(f"{path} is empty")
@@ -257,7 +303,8 @@ def read_hellaswag(path, num_examples=None):
     for where, example in rows:
         check_example(example, where)
     if num_examples is not None and len(rows) != num_examples:
-        raise ValueError(f"{path} has {len(rows)} examples, but the validation set has {num_examples}")
+        counts = f"{len(rows)} examples, but the validation set has {num_examples}"
+        raise ValueError(f"{path} contains {counts}")
     if not rows:
         raise ValueError(f"{path} contains no examples")
     return [example for _, example in rows]
@@ -265,7 +312,10 @@ def read_hellaswag(path, num_examples=None):
 
 @contextmanager
 def open_atomically(path):
-    """Open a temporary file for writing bytes, which becomes path when it is complete. Errors leave path unchanged."""
+    """Open a temporary file for writing bytes, and rename it to path when it is complete.
+
+    If writing fails, path stays as it was.
+    """
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -277,32 +327,45 @@ def open_atomically(path):
 
 
 def download_hellaswag():
-    """Download the validation set to PARQUET_PATH. Returns its examples. Raises ValueError if the download fails."""
+    """Download the validation set to PARQUET_PATH. Returns its examples.
+
+    Raises ValueError if it cannot be downloaded, or if the download is damaged.
+    """
     from huggingface_hub import HfApi, hf_hub_download  # imported here because it is slow
 
     try:
+        # Find the file. It is data/validation-00000-of-00001.parquet, but the Hub may rename it.
         info = HfApi().dataset_info(REPO_ID, files_metadata=True)
-        # The file is data/validation-00000-of-00001.parquet, but the Hub may rename it.
         pattern = r"(.*/)?validation[^/]*\.parquet"
         files = [file for file in info.siblings if re.fullmatch(pattern, file.rfilename)]
         if len(files) != 1:
-            raise ValueError(f"it has {len(files)} files named validation*.parquet instead of one")
+            raise ValueError(f"there are {len(files)} files validation*.parquet instead of one")
+        name = files[0].rfilename
+
+        # Download it into a temporary directory.
         with tempfile.TemporaryDirectory() as directory:
             path = hf_hub_download(
-                REPO_ID, files[0].rfilename, repo_type="dataset", revision=info.sha, local_dir=directory
+                REPO_ID,
+                name,
+                repo_type="dataset",
+                revision=info.sha,
+                local_dir=directory,
             )
             with open(path, "rb") as file:
                 content = file.read()
-            # Two checks: the checksum, if the Hub has one, and the number of examples.
+
+            # Check its SHA-256, if the Hub has one, and its number of examples.
             expected = files[0].lfs.sha256 if files[0].lfs else None
-            if expected and hashlib.sha256(content).hexdigest() != expected:
-                raise ValueError(f"{files[0].rfilename} does not match its SHA-256 {expected}")
+            actual = hashlib.sha256(content).hexdigest()
+            if expected and actual != expected:
+                raise ValueError(f"{name} has SHA-256 {actual} instead of {expected}")
             examples = read_hellaswag(path, NUM_EXAMPLES)
-    except Exception as error:  # the Hub, its HTTP client and its transfer library share no base class
+    except Exception as error:  # the Hub and its HTTP client have no common base class of errors
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"cannot download HellaSwag from the data set {REPO_ID} of the Hugging Face Hub ({reason}): run the same "
-            f"command again, or put the validation set at {JSONL_PATH} or {PARQUET_PATH}, or pass it with --data FILE"
+            f"cannot download HellaSwag (data set {REPO_ID} of the Hugging Face Hub): {reason}: "
+            "run the same command again, put the validation set at "
+            f"{JSONL_PATH} or {PARQUET_PATH} by hand, or pass it with --data FILE"
         ) from None
     os.makedirs(os.path.dirname(PARQUET_PATH), exist_ok=True)
     with open_atomically(PARQUET_PATH) as file:
@@ -311,7 +374,10 @@ def download_hellaswag():
 
 
 def load_examples(path, tokenizer, limit=None):
-    """Return the first limit examples, tokenized, of the file path (None: of the validation set). Exits on errors."""
+    """Return the first limit examples, tokenized, of a file or (path None) of the validation set.
+
+    Exits if they cannot be read.
+    """
     try:
         if path is not None:
             examples = read_hellaswag(path)
@@ -328,7 +394,7 @@ def load_examples(path, tokenizer, limit=None):
 
 
 def tokenize(example, tokenizer):
-    """Return an Example. The context and each " " + ending are tokenized separately, as in build-nanogpt."""
+    """Return an Example. The context and each " " + ending are tokenized separately."""
     return Example(
         ind=example["ind"],
         label=int(example["label"]),
@@ -338,13 +404,16 @@ def tokenize(example, tokenizer):
 
 
 def write_prepared(path, examples):
-    """Write tokenized examples for train_gpt2.py, shortest first, as a NumPy file with these arrays:
+    """Write tokenized examples for train_gpt2.py as a NumPy file with these arrays:
 
-    tokens          (N, 4, T) uint16, the rows "context + ending" with zeros at the end, T tokens in the longest row
+    tokens          (N, 4, T) uint16, rows "context + ending", padded with zeros at the end
     context_length  (N,) int64, number of tokens in the context
     length          (N, 4) int64, number of tokens in each row
     label           (N,) int64, number of the correct ending
     ind             (N,) int64, number of the example in the original data set
+
+    The examples are sorted by their longest row, the shortest first, so that batches of neighbors
+    need little padding. T is the length of the longest row of all.
     """
     examples = sorted(examples, key=row_length)
     tokens = np.zeros((len(examples), 4, row_length(examples[-1])), dtype=np.uint16)
@@ -354,24 +423,33 @@ def write_prepared(path, examples):
             row = example.context + ending
             tokens[i, j, : len(row)] = row
             length[i, j] = len(row)
+    context_length = [len(example.context) for example in examples]
+    label = [example.label for example in examples]
+    ind = [example.ind for example in examples]
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open_atomically(path) as file:
         np.savez_compressed(
             file,
             tokens=tokens,
-            context_length=np.array([len(example.context) for example in examples], dtype=np.int64),
+            context_length=np.array(context_length, dtype=np.int64),
             length=length,
-            label=np.array([example.label for example in examples], dtype=np.int64),
-            ind=np.array([example.ind for example in examples], dtype=np.int64),
+            label=np.array(label, dtype=np.int64),
+            ind=np.array(ind, dtype=np.int64),
         )
 
 
 # --- copied block: encode ---
 def encode(tokenizer, text):
-    """Return the tokens of a text. Special tokens in it are ordinary text. Raises ValueError if tiktoken cannot."""
-    limit = 900_000  # tiktoken crashes at a million blanks in a row
-    if len(text) > limit and max(map(len, re.findall(r"\s+", text)), default=0) > limit:
-        raise ValueError(f"a text has more than {limit:,} blanks in a row, which the tokenizer cannot handle")
+    """Return the tokens of a text. Special tokens in it are treated as ordinary text.
+
+    Raises ValueError if tiktoken cannot tokenize it.
+    """
+    # tiktoken crashes at a million blanks in a row. Shorter texts need no search for them.
+    limit = 900_000
+    if len(text) > limit:
+        longest = max(map(len, re.findall(r"\s+", text)), default=0)
+        if longest > limit:
+            raise ValueError(f"a text has {longest:,} blanks in a row: use at most {limit:,}")
     return tokenizer.encode_ordinary(text)
 
 
@@ -380,13 +458,17 @@ def encode(tokenizer, text):
 
 # --------------------------------------------------------------------------------------- model
 # --- copied block: GPT ---
-# An inference-only GPT-2. Modules and parameters have the names of train_gpt2.py and of transformers, but there is
-# no dropout and no initialization. What train_gpt2.py does not have is the key/value cache.
+# An inference-only GPT-2. Its modules and parameters have the same names as those of train_gpt2.py
+# and of transformers. There is no dropout and no initialization. The key/value cache is what
+# train_gpt2.py does not have. In the shapes below, B is the batch size, T the number of new tokens,
+# S the number of all tokens so far, C the number of channels (768 in GPT-2 124M), nh the number of
+# heads (12) and hs = C / nh the size of a head (64).
 class KVCache:
     """The attention keys and values of all tokens that the model has processed so far.
 
-    Causal attention never changes the keys and values of earlier tokens, so that new tokens need only their own
-    computed. Memory for max_length tokens is allocated once.
+    In causal attention, the keys and values of a token do not depend on later tokens. So they are
+    computed once and kept, and a forward pass processes only the new tokens. Memory for max_length
+    tokens is allocated at the beginning.
     """
 
     def __init__(self, shape, device, dtype):
@@ -396,45 +478,58 @@ class KVCache:
         self.length = 0  # number of tokens in the cache
 
     def append(self, layer, k, v):
-        """Store k and v (B, nh, T, hs) of T new tokens. Returns those of all tokens, (B, nh, length + T, hs)."""
+        """Store k and v (B, nh, T, hs) of T new tokens in a layer.
+
+        Returns the keys and values of all S tokens, two tensors (B, nh, S, hs).
+        """
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def repeat(self, n, max_length):
-        """Return a cache with each of the B sequences n times, (n * B) in all, and memory for max_length tokens."""
-        n_layer, B, n_head, _, head_size = self.keys.shape
-        shape = (n_layer, n * B, n_head, max_length, head_size)
+    def select(self, sequences, max_length):
+        """Return a cache with a copy of some sequences, and memory for max_length tokens of each.
+
+        sequences (N,) are their indices, from 0 to B - 1. Each may be selected several times.
+        """
+        n_layer, _, n_head, _, head_size = self.keys.shape
+        shape = (n_layer, len(sequences), n_head, max_length, head_size)
         copy = KVCache(shape, self.keys.device, self.keys.dtype)
         copy.length = self.length
-        copy.keys[:, :, :, : self.length] = self.keys[:, :, :, : self.length].repeat_interleave(n, dim=1)
-        copy.values[:, :, :, : self.length] = self.values[:, :, :, : self.length].repeat_interleave(n, dim=1)
+        copy.keys[:, :, :, : self.length] = self.keys[:, sequences, :, : self.length]
+        copy.values[:, :, :, : self.length] = self.values[:, sequences, :, : self.length]
         return copy
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention; each of the n_head heads has n_embd / n_head channels."""
+    """Multi-head causal self-attention."""
 
     def __init__(self, config, layer):
         super().__init__()
+        C = config["n_embd"]
         self.n_head = config["n_head"]
         self.layer = layer  # index of this layer's keys and values in the cache
-        self.c_attn = nn.Linear(config["n_embd"], 3 * config["n_embd"])  # queries, keys and values in one matmul
-        self.c_proj = nn.Linear(config["n_embd"], config["n_embd"])
+        self.c_attn = nn.Linear(C, 3 * C)  # queries, keys and values of all heads in one matmul
+        self.c_proj = nn.Linear(C, C)
 
     def forward(self, x, mask, cache):
-        B, T, C = x.shape  # batch, new tokens, channels (GPT-2 124M: C = 768)
-        q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        B, T, C = x.shape
+        nh = self.n_head
+
+        # queries, keys and values of the new tokens
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
+        q = q.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        k = k.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        v = v.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+
+        # keys and values of the earlier tokens
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # 2 x (B, nh, S, hs), S tokens so far
-        # Without earlier tokens the kernel masks the future by itself (is_causal), which is faster than a mask.
-        no_earlier_tokens = k.shape[2] == T
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=no_earlier_tokens)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
+            k, v = cache.append(self.layer, k, v)  # (B, nh, T, hs) -> (B, nh, S, hs)
+
+        # Without earlier tokens, is_causal masks the future. That is faster than a mask.
+        is_causal = k.shape[2] == T
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, nh, hs) -> (B, T, C)
         return self.c_proj(y)
 
 
@@ -448,7 +543,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config["n_inner"], config["n_embd"])
 
     def forward(self, x):
-        return self.c_proj(self.activation(self.c_fc(x)))  # (B, T, C) -> (B, T, n_inner) -> (B, T, C)
+        x = self.activation(self.c_fc(x))  # (B, T, C) -> (B, T, n_inner)
+        return self.c_proj(x)  # (B, T, n_inner) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -468,31 +564,39 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. The model computes hidden states; logits() turns those that are needed into logits."""
+    """GPT-2. forward() returns hidden states; logits() turns those that are needed into logits."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config["vocab_size"], config["n_embd"])  # token embedding, also the output head
-        self.wpe = nn.Embedding(config["n_positions"], config["n_embd"])  # position embedding
+        # wte is the token embedding and the output head, wpe is the position embedding.
+        self.wte = nn.Embedding(config["vocab_size"], config["n_embd"])
+        self.wpe = nn.Embedding(config["n_positions"], config["n_embd"])
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config["n_layer"])])
         self.ln_f = nn.LayerNorm(config["n_embd"], eps=config["layer_norm_epsilon"])
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32):
-        """Load a model from a directory with config.json and safetensors. Raises ValueError if that is impossible."""
+        """Load a model from a directory with config.json and safetensors files.
+
+        Raises ValueError if there is no GPT-2 in it, or if its files are damaged.
+        """
         config = read_config(directory)
         weights = read_weights(directory, config)
         for name, weight in weights.items():
-            weights[name] = weight.to(device, dtype).contiguous()  # contiguous: some are transposed views
-        # Parameters on the device "meta" have no memory; assign=True replaces them by the tensors in weights.
+            # Some weights are transposed views. Contiguous weights are faster.
+            weights[name] = weight.to(device, dtype).contiguous()
+
+        # The model is created without memory (on the device "meta") and without initialization.
+        # assign=True makes the loaded tensors its parameters.
         with torch.device("meta"):
             model = cls(config)
         try:
             model.load_state_dict(weights, strict=True, assign=True)
-        except RuntimeError as error:  # it lists missing and unexpected names and wrong shapes, one per line
+        except RuntimeError as error:
+            # The message lists missing names, unexpected names and wrong shapes, one per line.
             reason = " ".join(str(error).split())
-            raise ValueError(f"{directory}: config.json and the weights do not fit together: {reason}") from None
+            raise ValueError(f"{directory} does not match its config.json: {reason}") from None
         return model.eval()
 
     def new_cache(self, batch_size, max_length):
@@ -505,15 +609,19 @@ class GPT(nn.Module):
     def forward(self, idx, cache=None):
         """Return the final hidden states (B, T, C) of the tokens idx (B, T).
 
-        With a cache, idx continues the tokens in the cache, and its keys and values are added to the cache.
+        With a cache, idx continues the sequences in the cache. The keys and values of idx are
+        added to the cache.
         """
         T = idx.shape[1]
-        start = 0 if cache is None else cache.length
+        start = 0 if cache is None else cache.length  # position of the first new token
+
+        # If there are earlier tokens and several new ones, attention needs a mask (T, S): new token
+        # i is at position start + i and attends to the positions 0 to start + i.
         mask = None
         if start > 0 and T > 1:
-            # Token i of idx is at position start + i and attends to positions 0 to start + i.
             mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
-        positions = torch.arange(start, start + T, device=idx.device)
+
+        positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
         for block in self.h:
             x = block(x, mask, cache)
@@ -522,7 +630,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, x):
-        """Return the logits (..., vocab_size) for hidden states (..., C), by multiplying with the token embedding."""
+        """Return the logits (..., vocab_size) of the next token for hidden states x (..., C)."""
         return F.linear(x, self.wte.weight)
 
 
@@ -715,8 +823,13 @@ def read_weights(directory, config):
     buffers = (".attn.bias", ".attn.masked_bias")
     weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
     embedding = weights.get("wte.weight")
+    if embedding is None or embedding.shape[1:] != (config["n_embd"],) or len(embedding) < config["vocab_size"]:
+        raise ValueError(
+            f"{directory} does not match its config.json: wte.weight must have at least {config['vocab_size']} rows "
+            f"of {config['n_embd']} numbers"
+        )
     head = weights.pop("lm_head.weight", embedding)
-    if embedding is None or (head is not embedding and not torch.equal(head, embedding)):
+    if head is not embedding and not torch.equal(head, embedding):
         raise ValueError(f"{directory}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding")
     for name, weight in weights.items():
         if not weight.is_floating_point():
@@ -783,17 +896,20 @@ def pick_device(name):
 # --- copied block: load_model ---
 def is_out_of_memory(error):
     """Return whether an exception says that the memory of the CPU or of the GPU is used up."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "allocate memory" in str(error)  # PyTorch's RuntimeError on a CPU
 
 
 def load_model(name, device, dtype):
     """Load --model. Returns (model, tokenizer, directory). Exits if it cannot be loaded.
 
-    name is a directory with a model, the directory of a run (its newest checkpoint is used), or the name of a model
-    on the Hugging Face Hub.
+    name is the directory of a model, the directory of a run (its newest checkpoint is used), or
+    the name of a model on the Hugging Face Hub.
     """
     if name == "log" and not os.path.isdir(name):
-        fail("there is no checkpoint in log/: train a model with python train_gpt2.py, or choose one with --model")
+        advice = "train a model with python train_gpt2.py, or choose a model with --model"
+        fail(f"there is no checkpoint in log/: {advice}")
     try:
         directory = find_pretrained(name)
         model = GPT.from_pretrained(directory, device, dtype)
@@ -803,7 +919,8 @@ def load_model(name, device, dtype):
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        fail(f"--model {name} does not fit into the memory of {device}: use a smaller model, or --dtype bfloat16")
+        advice = "use a smaller model, or --dtype bfloat16"
+        fail(f"--model {name} does not fit into the memory of {device}: {advice}")
     return model, tokenizer, directory
 
 
@@ -813,8 +930,11 @@ def load_model(name, device, dtype):
 # -------------------------------------------------------------------------------- command line
 def get_args():
     """Parse the command line. Exits on invalid values."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")  # one line, as for all other errors
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.error = lambda message: fail(f"{message}; see --help")  # one line, as all errors
     parser.add_argument(
         "--model",
         default="log",
@@ -825,28 +945,41 @@ def get_args():
         "--data",
         metavar="FILE",
         help="HellaSwag examples as JSON lines or parquet (default: the validation set,\n"
-        f"in {PARQUET_PATH} or {JSONL_PATH},\nor downloaded on first use)",
+        f"from {PARQUET_PATH} or {JSONL_PATH}\nif one of them exists, otherwise downloaded)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N examples (default: all examples)")
     parser.add_argument(
-        "--output", metavar="FILE", help="write all losses and predictions to this JSON file (default: no file)"
+        "--limit",
+        type=int,
+        metavar="N",
+        help="use only the first N examples (default: all)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="JSON file for the losses and predictions of all examples (default: none)",
     )
     parser.add_argument(
         "--prepare",
         action="store_true",
-        help=f"evaluate nothing, but tokenize the examples for train_gpt2.py\nand write them to {PREPARED_PATH}",
+        help="tokenize the examples for train_gpt2.py instead of evaluating a model,\n"
+        f"and write them to {PREPARED_PATH}",
     )
     parser.add_argument(
         "--batch_size",
         type=int,
         metavar="N",
-        help="examples per batch; results do not depend on it\n(default: 8 on a CPU, 32 on other devices)",
+        help="number of examples per batch; affects speed and memory, not results\n"
+        "(default: 8 on a CPU, 32 on other devices)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)",
+    )
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
-        help="dtype of weights and activations (default: bfloat16 on GPUs that support it,\nfloat32 elsewhere)",
+        help="dtype for weights and activations\n(default: bfloat16 on GPUs that support it, otherwise float32)",
     )
     args = parser.parse_args()
     for name in ("limit", "batch_size"):
@@ -857,7 +990,7 @@ def get_args():
         directory = os.path.dirname(args.output) or "."
         is_other = os.path.exists(args.output) and not os.path.isfile(args.output)
         if is_other or not os.path.isdir(directory):
-            fail(f"--output {args.output} cannot be written: choose a file in a directory that exists")
+            fail(f"cannot write --output {args.output}: choose a file in a directory that exists")
     return args
 
 
@@ -872,15 +1005,26 @@ def prepare(args):
     print(f"wrote {len(examples):,} examples to {PREPARED_PATH}")
 
 
-def predict(model, examples, batch_size):
-    """Return one dict per example with its losses and predictions, as in --output. Shows a progress bar.
+def pick_dtype(name, device):
+    """Return the name of the dtype to use. name is that of --dtype, or None for the default."""
+    if name is not None:
+        return name
+    # Older GPUs only emulate bfloat16, which is slow.
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32"
 
-    Raises ValueError if a loss is NaN or infinite.
+
+def predict(model, examples, batch_size):
+    """Return one dict for each example, with its losses and predictions as --output has them.
+
+    Shows a progress bar on a terminal. Raises ValueError if a loss is NaN or infinite.
     """
     predictions = [None] * len(examples)
     num_done = 0
     num_correct = 0
-    with tqdm(total=len(examples), unit="examples", disable=None) as progress:  # None: only on a terminal
+    # disable=None means: no progress bar if stderr is not a terminal.
+    with tqdm(total=len(examples), unit="examples", disable=None) as progress:
         for i, totals, means in evaluate(model, examples, batch_size):
             example = examples[i]
             if not math.isfinite(sum(totals)):
@@ -900,22 +1044,26 @@ def predict(model, examples, batch_size):
     return predictions
 
 
+def accuracy(predictions, name):
+    """Return the fraction of predictions[i][name] that are the label."""
+    num_correct = sum(prediction[name] == prediction["label"] for prediction in predictions)
+    return num_correct / len(predictions)
+
+
 def main():
     args = get_args()
-    # cuDNN's attention builds a new plan for every new length, which takes longer than the attention itself. Here
-    # nearly every batch has another length, so PyTorch's other attention kernels are used.
+    # cuDNN's attention builds a new plan for every new length, which takes longer than the
+    # attention itself. Here nearly every batch has another length, so PyTorch's other attention
+    # kernels are used.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that support it
     if args.prepare:
         prepare(args)
         return
 
     # The model and the examples.
     device = pick_device(args.device)
-    dtype = args.dtype
-    if dtype is None:
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if has_bfloat16 else "float32"
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that support it
+    dtype = pick_dtype(args.dtype, device)
     model, tokenizer, directory = load_model(args.model, device, DTYPES[dtype])
     model_name = directory if os.path.isdir(args.model) else args.model
     examples = load_examples(args.data, tokenizer, args.limit)
@@ -923,24 +1071,35 @@ def main():
     n_positions = model.config["n_positions"]
     num_long = sum(row_length(example) > n_positions for example in examples)
     if num_long:
-        print(f"{num_long} of {n} examples are longer than {n_positions} tokens: their contexts are cut from the left")
+        print(
+            f"{num_long} of {n} examples are longer than {n_positions} tokens: "
+            "the beginnings of their contexts are not used"
+        )
 
+    # The losses of all examples.
     batch_size = args.batch_size or (8 if device.type == "cpu" else 32)
     try:
         predictions = predict(model, examples, batch_size)
     except ValueError as error:
         fail(f"{error}: try --dtype float32, or choose another model than --model {model_name}")
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        fail(f"{batch_size} examples do not fit into the memory of {device}: use a smaller --batch_size")
-    acc = sum(prediction["pred"] == prediction["label"] for prediction in predictions) / n
-    acc_norm = sum(prediction["pred_norm"] == prediction["label"] for prediction in predictions) / n
+        reason = f"a batch of {batch_size} examples does not fit into the memory of {device}"
+        fail(f"{reason}: use a smaller --batch_size")
+    acc = accuracy(predictions, "pred")
+    acc_norm = accuracy(predictions, "pred_norm")
 
-    # Printed before --output is written, so that the result is not lost if that fails.
+    # The result is printed before --output is written, so that it is not lost if writing fails.
     print(f"{n} acc: {acc:.4f} acc_norm: {acc_norm:.4f}", flush=True)
     if args.output:
-        result = {"model": model_name, "n": n, "acc": acc, "acc_norm": acc_norm, "predictions": predictions}
+        result = {
+            "model": model_name,
+            "n": n,
+            "acc": acc,
+            "acc_norm": acc_norm,
+            "predictions": predictions,
+        }
         with open_atomically(args.output) as file:
             file.write(json.dumps(result).encode())
 

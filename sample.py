@@ -1,15 +1,16 @@
 """
 Generate text with a GPT-2: a checkpoint of train_gpt2.py, or any Hugging Face GPT-2.
 
-    python sample.py                                                        # the newest checkpoint in log/
-    python sample.py --model gpt2 --prompt "Hello, I'm a language model,"   # from the Hugging Face Hub
-    python sample.py --model log/step_019073 --prompt "The" --num_samples 4 --temperature 0.8 --top_p 0.9
+    python sample.py                                     # the newest checkpoint in log/
+    python sample.py --model gpt2 --prompt "Hello, I'm a language model,"
+    python sample.py --model log/step_019073 --num_samples 4 --temperature 0.8 --top_p 0.9
     cat prompt.txt | python sample.py --model gpt2 --prompt - --stop "." --max_new_tokens 100
 
 Prints the prompt and its continuation, token by token. Without --prompt, it asks for prompts on a
-terminal. Elsewhere it starts a new document. The same flags give the same text. It reads a model
-from a directory or the Hub, and writes nothing. Expect about 35 tokens per second from GPT-2 124M
-on two CPU cores, because every token needs all weights from memory. --dtype bfloat16 halves them.
+terminal, and otherwise starts a new document. The same flags give the same text. A model is read
+from a directory or the Hugging Face Hub. Nothing is written. Expect about 35 tokens per second from
+GPT-2 124M on two CPU cores: each token needs all weights from memory. With --dtype bfloat16 the
+weights take half the memory.
 
 Sections: sampling, text, model, loading, command line.
 """
@@ -44,27 +45,32 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     at least top_p ("nucleus sampling", from "The Curious Case of Neural Text Degeneration", 2019).
     Raises ValueError if logits are NaN or infinite.
     """
-    highest, most_likely = logits.float().max(dim=-1)  # (B,), (B,)
+    highest, most_likely = logits.float().max(dim=-1)  # (B, V) -> (B,) and (B,)
     if not highest.isfinite().all():
-        raise ValueError("the model computes NaN or infinity: try --dtype float32 or another --model")
+        raise ValueError("the logits are NaN or infinite: try --dtype float32 or another --model")
     if temperature < 1e-6:  # 0, or too small to divide by
         return most_likely
 
-    # The top_k most likely tokens, the most likely first.
+    # top_k: keep the k most likely tokens, the most likely one first.
     vocab_size = logits.shape[-1]
     k = min(top_k, vocab_size) if top_k else vocab_size
-    logits, tokens = logits.topk(k)  # (B, k), (B, k)
+    logits, tokens = logits.topk(k)  # (B, V) -> (B, k) and (B, k)
 
-    # Subtracting the highest logit does not change the softmax, and avoids overflow.
-    probs = F.softmax((logits.float() - highest[:, None]) / temperature, dim=-1)  # (B, k)
+    # Softmax with a temperature. Subtracting the highest logit does not change the result, and
+    # avoids overflow.
+    logits = logits.float() - highest[:, None]  # (B, k)
+    probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
+
+    # top_p: drop a token if the tokens before it have a total probability of top_p already.
     if top_p < 1:
-        # A token is dropped if the tokens before it have the probability top_p already.
-        before = probs.cumsum(dim=-1) - probs
+        before = probs.cumsum(dim=-1) - probs  # (B, k)
         dropped = before >= top_p
-        dropped[:, 0] = False  # keeps at least one token, also if top_p rounds to 0
+        dropped[:, 0] = False  # keep the most likely token even if top_p is rounded to 0
         probs = probs.masked_fill(dropped, 0)
-    choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1), index into tokens
-    return tokens.gather(1, choice)[:, 0]
+
+    # multinomial does not need probabilities that add up to 1.
+    choice = torch.multinomial(probs, 1, generator=generator)  # (B, k) -> (B, 1), indices of tokens
+    return tokens.gather(1, choice)[:, 0]  # (B, k) -> (B, 1) -> (B,)
 
 
 @torch.inference_mode()
@@ -75,30 +81,32 @@ def generate(model, prompt_tokens, num_samples, max_new_tokens, sampler):
     tokens, as sample_token does.
     """
     n_positions = model.config["n_positions"]
-    max_length = min(n_positions, len(prompt_tokens) + max_new_tokens)
     device = model.wte.weight.device
 
-    # The prompt is the same for all samples: process it once, then copy its keys and values.
-    cache = model.new_cache(1, len(prompt_tokens))
+    # The prompt is the same for all samples. Process it once and copy its keys and values.
     idx = torch.tensor([prompt_tokens], device=device)  # (1, T)
+    cache = model.new_cache(1, len(prompt_tokens))
     x = model(idx, cache)[:, -1]  # (1, T) -> (1, T, C) -> (1, C)
-    cache = cache.repeat(num_samples, max_length)
+    copies = torch.zeros(num_samples, dtype=torch.int64, device=device)  # sequence 0, B times
+    max_length = min(n_positions, len(prompt_tokens) + max_new_tokens)
+    cache = cache.select(copies, max_length)
     idx = idx.expand(num_samples, -1)  # (1, T) -> (B, T)
-    next_token = sampler(model.logits(x).expand(num_samples, -1))  # (B,)
+    logits = model.logits(x).expand(num_samples, -1)  # (1, C) -> (1, V) -> (B, V)
+    next_token = sampler(logits)  # (B, V) -> (B,)
     yield next_token
 
     for _ in range(max_new_tokens - 1):
         idx = torch.cat((idx, next_token[:, None]), dim=1)  # (B, T) -> (B, T + 1)
-        if idx.shape[1] > n_positions:
-            # The window of n_positions tokens moves: the oldest token leaves it, and all others
-            # get a new position embedding. So the cache is of no use any more, and each step
-            # processes the whole window.
-            idx = idx[:, 1:]  # (B, n_positions)
-            x = model(idx)[:, -1]  # (B, n_positions) -> (B, C)
-        else:
+        if idx.shape[1] <= n_positions:
             # With the cache, only the newest token has to be processed.
-            x = model(idx[:, -1:], cache)[:, -1]  # (B, 1) -> (B, C)
-        next_token = sampler(model.logits(x))  # (B,)
+            x = model(idx[:, -1:], cache)[:, -1]  # (B, 1) -> (B, 1, C) -> (B, C)
+        else:
+            # The text is longer than the model's context. The oldest token is dropped, so all
+            # others move to another position and get another position embedding. Their keys and
+            # values change, the cache cannot be used, and each step processes n_positions tokens.
+            idx = idx[:, 1:]  # (B, n_positions)
+            x = model(idx)[:, -1]  # (B, n_positions) -> (B, n_positions, C) -> (B, C)
+        next_token = sampler(model.logits(x))  # (B, C) -> (B, V) -> (B,)
         yield next_token
 
 
@@ -114,7 +122,7 @@ def partial_stop_length(text, stops):
 
 
 class StreamDecoder:
-    """Turn the tokens of one sample into text while they arrive, up to <|endoftext|> or a stop text.
+    """Turn the tokens of one sample into text as they arrive, up to <|endoftext|> or a stop text.
 
     Tokens are parts of UTF-8 text, and a character can be split between two of them. Only complete
     characters are returned. Invalid bytes and control characters, which could send commands to a
@@ -179,10 +187,8 @@ def print_samples(model, tokenizer, prompt, args, echo=True):
         prompt_tokens = [tokenizer.eot_token]  # the beginning of a document
     n_positions = model.config["n_positions"]
     if len(prompt_tokens) > n_positions:
-        raise ValueError(
-            f"the prompt has {len(prompt_tokens)} tokens, but the model takes at most {n_positions}: "
-            "use a shorter prompt"
-        )
+        reason = f"the prompt has {len(prompt_tokens)} tokens, but the model takes {n_positions}"
+        raise ValueError(f"{reason} at most: use a shorter prompt")
     shown_prompt = prompt if echo else ""
     steps = stream_texts(model, tokenizer, prompt_tokens, args)
     try:
@@ -207,13 +213,17 @@ def print_samples(model, tokenizer, prompt, args, echo=True):
 
 # --------------------------------------------------------------------------------------- model
 # --- copied block: GPT ---
-# An inference-only GPT-2. Modules and parameters have the names of train_gpt2.py and of transformers, but there is
-# no dropout and no initialization. What train_gpt2.py does not have is the key/value cache.
+# An inference-only GPT-2. Its modules and parameters have the same names as those of train_gpt2.py
+# and of transformers. There is no dropout and no initialization. The key/value cache is what
+# train_gpt2.py does not have. In the shapes below, B is the batch size, T the number of new tokens,
+# S the number of all tokens so far, C the number of channels (768 in GPT-2 124M), nh the number of
+# heads (12) and hs = C / nh the size of a head (64).
 class KVCache:
     """The attention keys and values of all tokens that the model has processed so far.
 
-    Causal attention never changes the keys and values of earlier tokens, so that new tokens need only their own
-    computed. Memory for max_length tokens is allocated once.
+    In causal attention, the keys and values of a token do not depend on later tokens. So they are
+    computed once and kept, and a forward pass processes only the new tokens. Memory for max_length
+    tokens is allocated at the beginning.
     """
 
     def __init__(self, shape, device, dtype):
@@ -223,45 +233,58 @@ class KVCache:
         self.length = 0  # number of tokens in the cache
 
     def append(self, layer, k, v):
-        """Store k and v (B, nh, T, hs) of T new tokens. Returns those of all tokens, (B, nh, length + T, hs)."""
+        """Store k and v (B, nh, T, hs) of T new tokens in a layer.
+
+        Returns the keys and values of all S tokens, two tensors (B, nh, S, hs).
+        """
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def repeat(self, n, max_length):
-        """Return a cache with each of the B sequences n times, (n * B) in all, and memory for max_length tokens."""
-        n_layer, B, n_head, _, head_size = self.keys.shape
-        shape = (n_layer, n * B, n_head, max_length, head_size)
+    def select(self, sequences, max_length):
+        """Return a cache with a copy of some sequences, and memory for max_length tokens of each.
+
+        sequences (N,) are their indices, from 0 to B - 1. Each may be selected several times.
+        """
+        n_layer, _, n_head, _, head_size = self.keys.shape
+        shape = (n_layer, len(sequences), n_head, max_length, head_size)
         copy = KVCache(shape, self.keys.device, self.keys.dtype)
         copy.length = self.length
-        copy.keys[:, :, :, : self.length] = self.keys[:, :, :, : self.length].repeat_interleave(n, dim=1)
-        copy.values[:, :, :, : self.length] = self.values[:, :, :, : self.length].repeat_interleave(n, dim=1)
+        copy.keys[:, :, :, : self.length] = self.keys[:, sequences, :, : self.length]
+        copy.values[:, :, :, : self.length] = self.values[:, sequences, :, : self.length]
         return copy
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention; each of the n_head heads has n_embd / n_head channels."""
+    """Multi-head causal self-attention."""
 
     def __init__(self, config, layer):
         super().__init__()
+        C = config["n_embd"]
         self.n_head = config["n_head"]
         self.layer = layer  # index of this layer's keys and values in the cache
-        self.c_attn = nn.Linear(config["n_embd"], 3 * config["n_embd"])  # queries, keys and values in one matmul
-        self.c_proj = nn.Linear(config["n_embd"], config["n_embd"])
+        self.c_attn = nn.Linear(C, 3 * C)  # queries, keys and values of all heads in one matmul
+        self.c_proj = nn.Linear(C, C)
 
     def forward(self, x, mask, cache):
-        B, T, C = x.shape  # batch, new tokens, channels (GPT-2 124M: C = 768)
-        q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        B, T, C = x.shape
+        nh = self.n_head
+
+        # queries, keys and values of the new tokens
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
+        q = q.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        k = k.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        v = v.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+
+        # keys and values of the earlier tokens
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # 2 x (B, nh, S, hs), S tokens so far
-        # Without earlier tokens the kernel masks the future by itself (is_causal), which is faster than a mask.
-        no_earlier_tokens = k.shape[2] == T
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=no_earlier_tokens)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
+            k, v = cache.append(self.layer, k, v)  # (B, nh, T, hs) -> (B, nh, S, hs)
+
+        # Without earlier tokens, is_causal masks the future. That is faster than a mask.
+        is_causal = k.shape[2] == T
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, nh, hs) -> (B, T, C)
         return self.c_proj(y)
 
 
@@ -275,7 +298,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config["n_inner"], config["n_embd"])
 
     def forward(self, x):
-        return self.c_proj(self.activation(self.c_fc(x)))  # (B, T, C) -> (B, T, n_inner) -> (B, T, C)
+        x = self.activation(self.c_fc(x))  # (B, T, C) -> (B, T, n_inner)
+        return self.c_proj(x)  # (B, T, n_inner) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -295,31 +319,39 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. The model computes hidden states; logits() turns those that are needed into logits."""
+    """GPT-2. forward() returns hidden states; logits() turns those that are needed into logits."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config["vocab_size"], config["n_embd"])  # token embedding, also the output head
-        self.wpe = nn.Embedding(config["n_positions"], config["n_embd"])  # position embedding
+        # wte is the token embedding and the output head, wpe is the position embedding.
+        self.wte = nn.Embedding(config["vocab_size"], config["n_embd"])
+        self.wpe = nn.Embedding(config["n_positions"], config["n_embd"])
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config["n_layer"])])
         self.ln_f = nn.LayerNorm(config["n_embd"], eps=config["layer_norm_epsilon"])
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32):
-        """Load a model from a directory with config.json and safetensors. Raises ValueError if that is impossible."""
+        """Load a model from a directory with config.json and safetensors files.
+
+        Raises ValueError if there is no GPT-2 in it, or if its files are damaged.
+        """
         config = read_config(directory)
         weights = read_weights(directory, config)
         for name, weight in weights.items():
-            weights[name] = weight.to(device, dtype).contiguous()  # contiguous: some are transposed views
-        # Parameters on the device "meta" have no memory; assign=True replaces them by the tensors in weights.
+            # Some weights are transposed views. Contiguous weights are faster.
+            weights[name] = weight.to(device, dtype).contiguous()
+
+        # The model is created without memory (on the device "meta") and without initialization.
+        # assign=True makes the loaded tensors its parameters.
         with torch.device("meta"):
             model = cls(config)
         try:
             model.load_state_dict(weights, strict=True, assign=True)
-        except RuntimeError as error:  # it lists missing and unexpected names and wrong shapes, one per line
+        except RuntimeError as error:
+            # The message lists missing names, unexpected names and wrong shapes, one per line.
             reason = " ".join(str(error).split())
-            raise ValueError(f"{directory}: config.json and the weights do not fit together: {reason}") from None
+            raise ValueError(f"{directory} does not match its config.json: {reason}") from None
         return model.eval()
 
     def new_cache(self, batch_size, max_length):
@@ -332,15 +364,19 @@ class GPT(nn.Module):
     def forward(self, idx, cache=None):
         """Return the final hidden states (B, T, C) of the tokens idx (B, T).
 
-        With a cache, idx continues the tokens in the cache, and its keys and values are added to the cache.
+        With a cache, idx continues the sequences in the cache. The keys and values of idx are
+        added to the cache.
         """
         T = idx.shape[1]
-        start = 0 if cache is None else cache.length
+        start = 0 if cache is None else cache.length  # position of the first new token
+
+        # If there are earlier tokens and several new ones, attention needs a mask (T, S): new token
+        # i is at position start + i and attends to the positions 0 to start + i.
         mask = None
         if start > 0 and T > 1:
-            # Token i of idx is at position start + i and attends to positions 0 to start + i.
             mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
-        positions = torch.arange(start, start + T, device=idx.device)
+
+        positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
         for block in self.h:
             x = block(x, mask, cache)
@@ -349,7 +385,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, x):
-        """Return the logits (..., vocab_size) for hidden states (..., C), by multiplying with the token embedding."""
+        """Return the logits (..., vocab_size) of the next token for hidden states x (..., C)."""
         return F.linear(x, self.wte.weight)
 
 
@@ -542,8 +578,13 @@ def read_weights(directory, config):
     buffers = (".attn.bias", ".attn.masked_bias")
     weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
     embedding = weights.get("wte.weight")
+    if embedding is None or embedding.shape[1:] != (config["n_embd"],) or len(embedding) < config["vocab_size"]:
+        raise ValueError(
+            f"{directory} does not match its config.json: wte.weight must have at least {config['vocab_size']} rows "
+            f"of {config['n_embd']} numbers"
+        )
     head = weights.pop("lm_head.weight", embedding)
-    if embedding is None or (head is not embedding and not torch.equal(head, embedding)):
+    if head is not embedding and not torch.equal(head, embedding):
         raise ValueError(f"{directory}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding")
     for name, weight in weights.items():
         if not weight.is_floating_point():
@@ -586,10 +627,16 @@ def get_tokenizer(name):
 
 # --- copied block: encode ---
 def encode(tokenizer, text):
-    """Return the tokens of a text. Special tokens in it are ordinary text. Raises ValueError if tiktoken cannot."""
-    limit = 900_000  # tiktoken crashes at a million blanks in a row
-    if len(text) > limit and max(map(len, re.findall(r"\s+", text)), default=0) > limit:
-        raise ValueError(f"a text has more than {limit:,} blanks in a row, which the tokenizer cannot handle")
+    """Return the tokens of a text. Special tokens in it are treated as ordinary text.
+
+    Raises ValueError if tiktoken cannot tokenize it.
+    """
+    # tiktoken crashes at a million blanks in a row. Shorter texts need no search for them.
+    limit = 900_000
+    if len(text) > limit:
+        longest = max(map(len, re.findall(r"\s+", text)), default=0)
+        if longest > limit:
+            raise ValueError(f"a text has {longest:,} blanks in a row: use at most {limit:,}")
     return tokenizer.encode_ordinary(text)
 
 
@@ -622,17 +669,20 @@ def pick_device(name):
 # --- copied block: load_model ---
 def is_out_of_memory(error):
     """Return whether an exception says that the memory of the CPU or of the GPU is used up."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "allocate memory" in str(error)  # PyTorch's RuntimeError on a CPU
 
 
 def load_model(name, device, dtype):
     """Load --model. Returns (model, tokenizer, directory). Exits if it cannot be loaded.
 
-    name is a directory with a model, the directory of a run (its newest checkpoint is used), or the name of a model
-    on the Hugging Face Hub.
+    name is the directory of a model, the directory of a run (its newest checkpoint is used), or
+    the name of a model on the Hugging Face Hub.
     """
     if name == "log" and not os.path.isdir(name):
-        fail("there is no checkpoint in log/: train a model with python train_gpt2.py, or choose one with --model")
+        advice = "train a model with python train_gpt2.py, or choose a model with --model"
+        fail(f"there is no checkpoint in log/: {advice}")
     try:
         directory = find_pretrained(name)
         model = GPT.from_pretrained(directory, device, dtype)
@@ -642,7 +692,8 @@ def load_model(name, device, dtype):
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        fail(f"--model {name} does not fit into the memory of {device}: use a smaller model, or --dtype bfloat16")
+        advice = "use a smaller model, or --dtype bfloat16"
+        fail(f"--model {name} does not fit into the memory of {device}: {advice}")
     return model, tokenizer, directory
 
 
@@ -652,8 +703,11 @@ def load_model(name, device, dtype):
 # -------------------------------------------------------------------------------- command line
 def get_args():
     """Parse the command line. Exits on invalid values."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")  # one line, as for other errors
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.error = lambda message: fail(f"{message}; see --help")  # one line, as all errors
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -670,7 +724,7 @@ def get_args():
         "--dtype",
         choices=list(DTYPES),
         default="float32",
-        help="dtype of weights and activations (default: float32)",
+        help="dtype for weights and activations (default: float32)",
     )
     group = parser.add_argument_group("text")
     group.add_argument(
@@ -715,7 +769,8 @@ def get_args():
         "--top_p",
         type=float,
         default=1.0,
-        help="sample from the most likely tokens with this total probability;\n1.0 means all (default: 1.0)",
+        help="sample from the most likely tokens with a total probability of top_p;\n"
+        "1.0 means all tokens (default: 1.0)",
     )
     group.add_argument("--seed", type=int, default=1337, help="random seed (default: 1337)")
     args = parser.parse_args()

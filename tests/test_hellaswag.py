@@ -304,7 +304,7 @@ def test_the_context_is_computed_once_and_the_head_only_for_the_tokens_of_ending
 
         def logits(self, x):
             num_logits.append(len(x))
-            return torch.zeros(*x.shape[:-1], 257)
+            return torch.zeros(len(x), 257)
 
     tokenizer = hellaswag.get_tokenizer("bytes")
     tokenized = [hellaswag.tokenize(example, tokenizer) for example in examples]
@@ -316,7 +316,7 @@ def test_the_context_is_computed_once_and_the_head_only_for_the_tokens_of_ending
         num_ending_tokens += sum(len(ending) for ending in example.endings)
         num_tokens_of_plain_method += 4 * hellaswag.row_length(example)
     assert sum(num_logits) == num_ending_tokens
-    assert sum(num_processed) < 0.6 * num_tokens_of_plain_method
+    assert sum(num_processed) < 0.55 * num_tokens_of_plain_method
 
 
 def test_bfloat16_differs_from_float32_by_rounding_only(tmp_path, tiny):
@@ -476,7 +476,7 @@ CHANGES = {  # of config.json, and words of the message
     "another model": ({"model_type": "llama"}, ["model_type", "llama"]),
     "another activation": ({"activation_function": "silu"}, ["silu"]),
     "an untied head": ({"tie_word_embeddings": False}, ["tie_word_embeddings"]),
-    "wider": ({"n_embd": 64}, ["wte.weight", "[257, 32]", "[257, 64]"]),
+    "wider": ({"n_embd": 64}, ["wte.weight", "257 rows of 64 numbers"]),
     "deeper": ({"n_layer": 3}, ["h.2."]),
     "fewer blocks": ({"n_layer": 1}, ["h.1."]),
     "heads": ({"n_head": 5}, ["n_head 5", "n_embd 32"]),
@@ -725,9 +725,7 @@ def hub(tmp_path, examples, monkeypatch):
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
