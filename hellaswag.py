@@ -75,6 +75,7 @@ PARQUET_PATH = "hellaswag/hellaswag_val.parquet"  # the validation set, download
 JSONL_PATH = "hellaswag/hellaswag_val.jsonl"  # the same as JSON lines, used if it exists
 PREPARED_PATH = "hellaswag/hellaswag_val.npz"  # written by --prepare and read by train_gpt2.py
 NUM_EXAMPLES = 10042  # in the validation set
+CPU_GROUP_SIZE = 8  # number of endings that a CPU processes together
 
 
 # ------------------------------------------------------------------------------------- scoring
@@ -116,7 +117,7 @@ def score_endings(model, contexts, endings):
 
     # 3. Process the endings in groups of similar length, which need little padding. On a GPU, one
     # large group is faster than less padding.
-    group_size = 8 if device.type == "cpu" else B * k
+    group_size = CPU_GROUP_SIZE if device.type == "cpu" else B * k
     totals = torch.zeros(B * k, dtype=torch.float64)
     for start in range(0, B * k, group_size):
         group = order[start : start + group_size]
@@ -979,7 +980,8 @@ def get_args():
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
-        help="dtype for weights and activations\n(default: bfloat16 on GPUs that support it, otherwise float32)",
+        help="dtype for weights and activations (default: float32 on CPUs,\n"
+        "bfloat16 on GPUs that support it and float32 on GPUs that do not)",
     )
     args = parser.parse_args()
     for name in ("limit", "batch_size"):

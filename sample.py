@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, except newline and tab
+CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except newline and tab
 
 
 # ------------------------------------------------------------------------------------ sampling
@@ -142,6 +142,7 @@ class StreamDecoder:
             return ""
         self.done = token is None or token == self.tokenizer.eot_token
         data = b"" if self.done else self.tokenizer.decode_single_token_bytes(token)
+        # If bytes of a character are missing, utf8 keeps the others until they arrive.
         text = self.pending + self.utf8.decode(data, final=self.done)
 
         # A stop text ends the sample. If there are several, the first one counts.
@@ -154,7 +155,7 @@ class StreamDecoder:
         num_pending = 0 if self.done else partial_stop_length(text, self.stops)
         end = len(text) - num_pending
         self.pending = text[end:]
-        return CONTROL.sub("\ufffd", text[:end])
+        return CONTROL_CHARACTER.sub("\ufffd", text[:end])
 
 
 def stream_texts(model, tokenizer, prompt_tokens, args):
@@ -169,10 +170,14 @@ def stream_texts(model, tokenizer, prompt_tokens, args):
     )
     decoders = [StreamDecoder(tokenizer, args.stop) for _ in range(args.num_samples)]
     steps = generate(model, prompt_tokens, args.num_samples, args.max_new_tokens, sampler)
-    for tokens in steps:
-        yield [decoder.add(token) for decoder, token in zip(decoders, tokens.tolist(), strict=True)]
+    for tokens in steps:  # (num_samples,)
+        texts = []
+        for decoder, token in zip(decoders, tokens.tolist(), strict=True):
+            texts.append(decoder.add(token))
+        yield texts
         if all(decoder.done for decoder in decoders):
             return
+    # max_new_tokens is reached: return what the decoders have kept.
     yield [decoder.add(None) for decoder in decoders]
 
 
@@ -187,17 +192,20 @@ def print_samples(model, tokenizer, prompt, args, echo=True):
         prompt_tokens = [tokenizer.eot_token]  # the beginning of a document
     n_positions = model.config["n_positions"]
     if len(prompt_tokens) > n_positions:
-        reason = f"the prompt has {len(prompt_tokens)} tokens, but the model takes {n_positions}"
-        raise ValueError(f"{reason} at most: use a shorter prompt")
+        n = len(prompt_tokens)
+        limit = f"the model takes at most {n_positions}"
+        raise ValueError(f"the prompt has {n} tokens, but {limit}: use a shorter prompt")
     shown_prompt = prompt if echo else ""
     steps = stream_texts(model, tokenizer, prompt_tokens, args)
     try:
+        # A single sample is printed while it is generated.
         if args.num_samples == 1:
             print(shown_prompt, end="", flush=True)
             for texts in steps:
                 print(texts[0], end="", flush=True)
             print()
             return
+        # Several samples are generated in parallel and printed at the end.
         samples = [shown_prompt] * args.num_samples
         for texts in steps:
             samples = [sample + text for sample, text in zip(samples, texts, strict=True)]
