@@ -1,424 +1,1110 @@
 """
-Score a GPT-2 on HellaSwag: which of four endings does it find likeliest?
+Evaluate a GPT-2 on HellaSwag: does it find the correct one of four endings the most likely?
 
-    python hellaswag.py                                     # the newest checkpoint in log/
-    python hellaswag.py --model gpt2                        # OpenAI's, from the Hugging Face hub
-    python hellaswag.py --model log/step_019073 --output scores.json    # any directory, ours or Hugging Face's
+    python hellaswag.py                               # the newest checkpoint in log/
+    python hellaswag.py --model gpt2                  # OpenAI's GPT-2, from the Hugging Face Hub
+    python hellaswag.py --model log/step_019073 --output scores.json
+    python hellaswag.py --prepare                     # write the file that train_gpt2.py reads
 
-Fetches the 10,042 examples of the validation set to hellaswag/ once (--data FILE: none), and scores them as
-build-nanogpt and llm.c do: context and " " + ending are tokenised apart, acc counts the examples whose right
-ending has the smallest sum of losses, acc_norm those where it has the smallest mean. The last line is
+HellaSwag asks how everyday scenes continue. An example has a context, four endings and a label,
+which is the number of the correct ending. This one is invented, in the form of the data set:
+
+    {"ind": 24,
+     "ctx": "A man kneels on the kitchen floor next to an open toolbox. He",
+     "endings": ["sings to the audience and bows.",
+                 "throws the toolbox over the garden fence and laughs.",
+                 "loosens the pipe under the sink with a large wrench.",
+                 "paints the dog's nails."],
+     "label": 2}
+
+A language model cannot be asked to choose. But it computes the probability of each token given the
+tokens before it, and so it can say how likely each ending is after the context. The loss of a token
+is -ln(its probability). The losses of the four endings could be
+
+    ending   tokens   total loss   mean loss per token
+         0        7         24.5                  3.50
+         1       11         41.8                  3.80
+         2       12         34.8                  2.90    <- the correct ending
+         3        6         23.4                  3.90
+
+acc picks the ending with the lowest total loss. Here it is ending 3, which is wrong: short endings
+have an advantage. acc_norm picks the ending with the lowest mean loss per token. Here it is ending
+2, which is correct. Both are reported as the fraction of examples that are answered correctly.
+Random guessing gives 0.25. As in build-nanogpt and llm.c, the context and " " + ending are
+tokenized separately, and the losses of the context do not count. The last line of the output for
+--model gpt2 is
 
     10042 acc: 0.2859 acc_norm: 0.2955
 
-for gpt2, as published with build-nanogpt; guessing has 0.25. --output writes every loss as JSON.
+as published with build-nanogpt. Larger GPT-2 models and training on more tokens give more.
+
+The validation set (10,042 examples) is downloaded once, to hellaswag/hellaswag_val.parquet. --data
+FILE uses another file. --output FILE writes the losses of every ending as JSON. --prepare writes
+hellaswag/hellaswag_val.npz. With GPT-2 124M, two CPU cores take about an hour in float32, and a GPU
+less than a minute.
+
+Sections: scoring, data, model, loading, command line.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
-from contextlib import suppress
-from itertools import chain, pairwise
+import tempfile
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import numpy as np
-import requests
+import pyarrow.parquet as pq
 import tiktoken
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REPO_ID = "Rowan/hellaswag"  # the authors' data set on the Hugging Face Hub
+PARQUET_PATH = "hellaswag/hellaswag_val.parquet"  # the validation set, downloaded from the Hub
+JSONL_PATH = "hellaswag/hellaswag_val.jsonl"  # the same as JSON lines, used if it exists
+PREPARED_PATH = "hellaswag/hellaswag_val.npz"  # written by --prepare and read by train_gpt2.py
+NUM_EXAMPLES = 10042  # in the validation set
+CPU_GROUP_SIZE = 8  # number of endings that a CPU processes together
 
 
-# ---------------------------------------------------------------------------------------- model
-# --- copied block: read_pretrained ---
-# By Hugging Face's names, GPT-2's first, which has two.
-ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
-ACTIVATIONS["gelu_pytorch_tanh"] = ACTIVATIONS["gelu_new"]
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face stores these transposed: (in, out)
+# ------------------------------------------------------------------------------------- scoring
+@dataclass
+class Example:
+    """One tokenized HellaSwag example."""
+
+    ind: int  # number of the example in the original data set
+    label: int  # number of the correct ending, 0 to 3
+    context: list  # token ids
+    endings: list  # four lists of token ids
 
 
-def read_pretrained(directory_or_name):
-    """The (config, tensors by name) of a GPT-2 in a directory, ours or Hugging Face's, or of a name on its hub.
+@torch.inference_mode()
+def score_endings(model, contexts, endings):
+    """Return the losses of endings in nats: totals and means per token, two (B, k) tensors.
 
-    config is config.json's object with GPT-2's values for what it leaves out, tensors are as the file holds
-    them, without their prefix "transformer.". Raises ValueError, in one line, where there is no GPT-2 that
-    these scripts can compute, and OSError where a name cannot be fetched.
+    contexts are B lists of n tokens, all with the same n. endings[b] are the k endings of
+    contexts[b]. All k rows "context + ending" of an example begin with the same context. So the
+    model processes each context once, and its attention keys and values are copied for the k
+    endings. With four endings, this is two to three times less work than four complete rows, and
+    the losses are the same.
     """
-    directory = directory_or_name
-    if not os.path.isdir(directory):
-        from huggingface_hub import snapshot_download
+    B = len(contexts)
+    k = len(endings[0])
+    n = len(contexts[0])
+    device = model.wte.weight.device
 
-        directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
-    numbers = dict(vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768, layer_norm_epsilon=1e-5)
-    choices = {"model_type": ["gpt2"], "activation_function": list(ACTIVATIONS), "tie_word_embeddings": [True]}
-    choices |= {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
-    config = numbers | {name: values[0] for name, values in choices.items()} | {"n_inner": None}
-    try:
-        with open(f"{directory}/config.json", encoding="utf-8") as file:
-            config |= json.load(file)
-        for name, values in choices.items():
-            if config[name] not in values:
-                raise ValueError(f"its {name} is {config[name]!r}, and not one of {values}")
-        for name, value in numbers.items():
-            if type(config[name]) is not type(value) or config[name] <= 0:
-                raise ValueError(f"its {name} is {config[name]!r}, and no number like {value}")
-        n_layer, n_head, C = config["n_layer"], config["n_head"], config["n_embd"]
-        if C % n_head:
-            raise ValueError(f"its n_embd {C} is not divisible by its n_head {n_head}")
-        tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
-        blocks = {name.split(".")[1] for name in tensors if name.startswith("h.")}
-        if len(blocks) != n_layer:
-            raise ValueError(f"it has {len(blocks)} blocks, its n_layer is {n_layer}")
-        n_inner = config["n_inner"] or 4 * C
-        block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
-        block |= {"ln_2": (C,), "mlp.c_fc": (C, n_inner), "mlp.c_proj": (n_inner, C)}
-        layers = {f"h.{i}.{name}": shape for i in range(n_layer) for name, shape in block.items()} | {"ln_f": (C,)}
-        shapes = {"wte.weight": (config["vocab_size"], C), "wpe.weight": (config["n_positions"], C)}
-        for name, shape in layers.items():
-            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
-        for name, shape in shapes.items():
-            found = tuple(tensors[name].shape) if name in tensors else "missing"
-            if found != shape:
-                raise ValueError(f"{name} is {found}, config.json asks for {shape}")
-            if not tensors[name].is_floating_point():
-                raise ValueError(f"{name} holds {tensors[name].dtype}, not floating-point numbers")
-        if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
-            raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
-    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{directory} holds no GPT-2: {error}") from None
-    return config, {name: tensors[name] for name in shapes}
+    # 1. Process the contexts. Their last hidden state predicts the first token of each ending.
+    cache = model.new_cache(B, n)
+    x = model(torch.tensor(contexts, device=device), cache)  # (B, n) -> (B, n, C)
+    x = x[:, -1:]  # (B, n, C) -> (B, 1, C)
+
+    # 2. Sort the B * k endings by length. Ending i belongs to context i // k.
+    rows = []
+    for endings_of_example in endings:
+        rows += endings_of_example
+    order = sorted(range(B * k), key=lambda i: len(rows[i]))
+
+    # 3. Process the endings in groups of similar length, which need little padding. On a GPU, one
+    # large group is faster than less padding.
+    group_size = CPU_GROUP_SIZE if device.type == "cpu" else B * k
+    totals = torch.zeros(B * k, dtype=torch.float64)
+    for start in range(0, B * k, group_size):
+        group = order[start : start + group_size]
+        context_of = torch.tensor([i // k for i in group], device=device)  # (N,)
+        longest = max(len(rows[i]) for i in group)
+        copies = cache.select(context_of, n + longest - 1)
+        losses = compute_losses(model, copies, x[context_of], [rows[i] for i in group])
+        totals[group] = losses.sum(dim=1)
+
+    lengths = torch.tensor([len(row) for row in rows])  # (B * k,)
+    means = totals / lengths
+    return totals.view(B, k), means.view(B, k)
 
 
-# --- end of copied block: read_pretrained ---
-# --- copied block: GPT ---
-class GPT:
-    """A GPT-2 for inference: the tensors of a checkpoint and the equations between them, no training.
+def compute_losses(model, cache, x, rows):
+    """Return the loss of each token in N rows as float64, (N, T) with zeros at the end of rows.
 
-    The same function as train_gpt2.py's GPT and transformers' GPT2LMHeadModel. Raises as read_pretrained does.
+    rows are lists of at most T tokens. Row i continues sequence i of the cache, and x (N, 1, C) is
+    the last hidden state of that sequence.
     """
+    # Padding does not change the losses of a row, because it is at the end, and causal attention
+    # looks at earlier tokens only.
+    N = len(rows)
+    T = max(len(row) for row in rows)
+    tokens = torch.zeros(N, T, dtype=torch.int64)
+    is_token = torch.zeros(N, T, dtype=torch.bool)  # False at padding
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        is_token[i, : len(row)] = True
+    tokens = tokens.to(x.device)
+    is_token = is_token.to(x.device)
 
-    def __init__(self, directory_or_name, device="cpu", dtype=torch.float32):
-        self.config, tensors = read_pretrained(directory_or_name)
-        tensors = {name: t.T if name.endswith(CONV1D) else t for name, t in tensors.items()}  # linears: (out, in)
-        self.tensors = {name: t.to(device, dtype).contiguous() for name, t in tensors.items()}
-        self.tensors["lm_head.weight"] = self.tensors["wte.weight"]  # tied
+    # The hidden states that predict the tokens. The last token of a row predicts nothing here.
+    if T > 1:
+        rest = model(tokens[:, :-1], cache)  # (N, T - 1) -> (N, T - 1, C)
+        x = torch.cat((x, rest), dim=1)  # (N, 1, C) -> (N, T, C): x[:, t] predicts tokens[:, t]
 
-    def pack(self):
-        """Give the matrices oneDNN's own layout, as torch.compile does, where that is a CPU's and float32.
-
-        Four rows times it are 1.3 to 2.6 times as fast, depending on the CPU; one row is slower.
-        """
-        wte = self.tensors["wte.weight"]
-        if wte.device.type == "cpu" and wte.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            for name, tensor in self.tensors.items():
-                if name.endswith((*CONV1D, "lm_head.weight")):
-                    self.tensors[name] = torch.ops.mkldnn._reorder_linear_weight(tensor)
-
-    def linear(self, x, name):
-        weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
-        if weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return F.linear(x, weight, bias)
-
-    def norm(self, x, name):
-        weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
-        return F.layer_norm(x, x.shape[-1:], weight, bias, self.config["layer_norm_epsilon"])
-
-    def hidden(self, idx, pos, mask=None, cache=None, start=0):
-        """What the head sees, (B, T, C), for ids idx (B, T) at positions pos, broadcastable to (B, T).
-
-        mask, bool and broadcastable to (B, n_head, T, T), is True where a query (row) may see a key (column);
-        without it every token sees itself and all before it. cache, (n_layer, 2, B, n_head, S, head size), is where
-        keys and values are kept, of idx behind those of the start tokens before; if there are any, T is 1.
-        """
-        (B, T), n_head = idx.shape, self.config["n_head"]
-        activation = ACTIVATIONS[self.config["activation_function"]]
-        x = self.tensors["wte.weight"][idx] + self.tensors["wpe.weight"][pos]  # (B, T, C)
-        for i in range(self.config["n_layer"]):
-            qkv = self.linear(self.norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")  # (B, T, 3C)
-            q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
-            if cache is not None:
-                cache[i, 0, :, :, start : start + T], cache[i, 1, :, :, start : start + T] = k, v
-                k, v = cache[i, :, :B, :, : start + T]  # 2 x (B, nh, start + T, hs)
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)  # (B, nh, T, hs)
-            x = x + self.linear(y.transpose(1, 2).reshape(B, T, -1), f"h.{i}.attn.c_proj")
-            y = activation(self.linear(self.norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"))  # (B, T, n_inner)
-            x = x + self.linear(y, f"h.{i}.mlp.c_proj")
-        return self.norm(x, "ln_f")
-
-    def logits(self, hidden):
-        """The head: hidden (..., C) to logits (..., vocab_size)."""
-        return self.linear(hidden, "lm_head")
+    # Logits are large, 206 MB for 1,024 tokens of GPT-2's vocabulary. So they are computed in
+    # chunks, and not at all for padding.
+    losses = []
+    x = x[is_token]  # (N, T, C) -> (M, C) for M tokens in all rows
+    y = tokens[is_token]  # (N, T) -> (M,)
+    for x_chunk, y_chunk in zip(x.split(1024), y.split(1024), strict=True):
+        logits = model.logits(x_chunk).float()  # (1024, C) -> (1024, vocab_size)
+        losses.append(F.cross_entropy(logits, y_chunk, reduction="none"))
+    loss_of_token = torch.zeros(N, T, device=x.device)
+    loss_of_token[is_token] = torch.cat(losses)
+    return loss_of_token.cpu().double()
 
 
-# --- end of copied block: GPT ---
-# ----------------------------------------------------------------------------------------- data
-# --- copied block: get_tokenizer ---
-def get_tokenizer(name):
-    """The tiktoken.Encoding called name.
+def score_long_example(model, example):
+    """Return the same as score_endings, (1, 4), for an example longer than the model's n_positions.
 
-    "gpt2" has 50,257 tokens; tiktoken fetches its vocabulary once, or finds it in TIKTOKEN_CACHE_DIR, and
-    raises requests.RequestException where it cannot. "bytes" has 257, the 256 bytes and <|endoftext|>, and
-    never needs a network.
+    Only the last n_positions tokens of each row "context + ending" are used. So each ending may
+    have a different part of the context, and is scored by itself.
     """
-    if name == "gpt2":
-        return tiktoken.get_encoding("gpt2")
-    ranks = {bytes([i]): i for i in range(256)}
-    pieces = r"(?s:.{1,1000})"  # how text is cut before merging: with no merges any cut gives the same
-    return tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    totals = []
+    means = []
+    for ending in example.endings:
+        tokens = (example.context + ending)[-model.config["n_positions"] :]
+        # Nothing predicts the first token. It counts as context even if it is part of the ending.
+        n = max(1, len(tokens) - len(ending))
+        total, mean = score_endings(model, [tokens[:n]], [[tokens[n:]]])
+        totals.append(total)
+        means.append(mean)
+    return torch.cat(totals, dim=1), torch.cat(means, dim=1)
 
 
-# --- end of copied block: get_tokenizer ---
-# --- copied block: read_hellaswag ---
-HELLASWAG_URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-HELLASWAG_PATH = "hellaswag/hellaswag_val.jsonl"
-HELLASWAG_SIZE = 10042  # examples
+def row_length(example):
+    """Return the number of tokens in the longest of the four rows "context + ending"."""
+    return len(example.context) + max(len(ending) for ending in example.endings)
 
 
-def read_hellaswag(path, enc, size=None):
-    """The examples of a file, tokenised: (ind, label, context, endings), the last a list of ids and four lists.
+def make_batches(examples, n_positions, batch_size):
+    """Return lists of at most batch_size indices of examples, one list per call of score_endings.
 
-    A line is a JSON object with the authors' number of the example ("ind"), the number of the right ending
-    ("label", 0 to 3), the context ("ctx") and "endings". Raises ValueError, in one line, where there is
-    another line or not size of them, and OSError where there is no file.
+    The contexts of a batch have the same length. An example longer than n_positions is a batch of
+    its own.
     """
-    examples = []
+    # Sort by the length of the context, then by the longest row, so that endings in a batch have
+    # similar lengths and need little padding. The longest examples come first: if the memory is too
+    # small for them, the error comes at once.
+    order = list(range(len(examples)))
+    order.sort(key=lambda i: (len(examples[i].context), row_length(examples[i])), reverse=True)
+
+    batches = []
+    for i in order:
+        joins_last_batch = False
+        if batches:
+            first = examples[batches[-1][0]]
+            joins_last_batch = (
+                len(first.context) == len(examples[i].context)
+                and len(batches[-1]) < batch_size
+                and row_length(first) <= n_positions
+            )
+        if joins_last_batch:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def evaluate(model, examples, batch_size):
+    """Yield (index, total losses, mean losses) for each example.
+
+    The losses are lists of four numbers in nats.
+    """
+    n_positions = model.config["n_positions"]
+    for batch in make_batches(examples, n_positions, batch_size):
+        first = examples[batch[0]]
+        if row_length(first) > n_positions:
+            totals, means = score_long_example(model, first)
+        else:
+            contexts = [examples[i].context for i in batch]
+            endings = [examples[i].endings for i in batch]
+            totals, means = score_endings(model, contexts, endings)
+        yield from zip(batch, totals.tolist(), means.tolist(), strict=True)
+
+
+# ---------------------------------------------------------------------------------------- data
+def check_example(example, where):
+    """Raise ValueError if example is not a HellaSwag example. where names its line and file."""
+    if not isinstance(example, dict):
+        raise ValueError(f"{where} is not a HellaSwag example: it is not a JSON object")
+    ind = example.get("ind")
+    label = example.get("label")
+    context = example.get("ctx")
+    endings = example.get("endings")
+    reason = None
+    if type(ind) is not int or not 0 <= ind < 2**31:
+        reason = f"'ind' must be the number of the example, but it is {ind!r}"
+    elif label not in (0, 1, 2, 3, "0", "1", "2", "3") or type(label) not in (int, str):
+        # The Hub's file has text. Python's True equals 1, so the type is checked also.
+        reason = f"'label' must be 0 to 3, but it is {label!r}"
+    elif not isinstance(context, str) or not context:
+        reason = "'ctx' must be a text that is not empty"
+    elif not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
+        reason = "'endings' must be a list of texts"
+    elif len(endings) != 4:
+        reason = f"'endings' must be four texts, but there are {len(endings)}"
+    if reason:
+        raise ValueError(f"{where} is not a HellaSwag example: {reason}")
+
+
+def read_rows(path):
+    """Return a list of (where, object) for the lines of a JSON-lines file or the rows of parquet.
+
+    where names the line and the file, for messages. Raises ValueError if the file is damaged.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                ind, label, context, endings = map(dict(json.loads(line)).get, ("ind", "label", "ctx", "endings"))
-                types = [type(label), type(context), type(endings), *map(type, endings)]
-                if types != [int, str, list, str, str, str, str] or label not in range(4) or not context:
-                    raise ValueError(f"its 'label' must be 0 to 3, not {label!r}, its 'ctx' a text, its 'endings' four")
-            except (ValueError, TypeError, RecursionError) as error:
-                raise ValueError(f"line {number} of {path} is no HellaSwag example: {error}") from None
-            endings = [enc.encode_ordinary(f" {ending}") for ending in endings]
-            examples.append((ind, label, enc.encode_ordinary(context), endings))
-    if not examples or size and len(examples) != size:
-        raise ValueError(f"{path} has {len(examples)} examples, not {size or 'one or more'}")
-    return examples
+        content = file.read()
+    rows = []
+    if content.startswith(b"PAR1"):  # every parquet file begins with these bytes
+        try:
+            table = pq.read_table(path, columns=["ind", "label", "ctx", "endings"])
+            objects = table.to_pylist()
+        except Exception as error:  # damaged files raise many types of errors
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} does not contain HellaSwag examples ({reason})") from None
+        for number, example in enumerate(objects, 1):
+            rows.append((f"row {number} of {path}", example))
+        return rows
+    for number, line in enumerate(content.rstrip().split(b"\n"), 1):
+        where = f"line {number} of {path}"
+        try:
+            rows.append((where, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not valid JSON ({error})") from None
+    return rows
 
 
-def fetch_hellaswag(enc):
-    """read_hellaswag of the validation set, after downloading it to HELLASWAG_PATH if it is not there.
+def read_hellaswag(path, num_examples=None):
+    """Return the examples of a JSON-lines or parquet file as a list of dicts.
 
-    The file gets there when it is whole, which its number of examples tells: there is no published checksum.
-    Raises as read_hellaswag does, and ValueError where it cannot be fetched.
+    All have the keys ind, label, ctx and endings, with checked values. Raises ValueError if an
+    example is malformed, or if the file does not contain num_examples (None: at least one)
+    examples. Raises OSError if the file cannot be read.
     """
-    if os.path.exists(HELLASWAG_PATH):
-        return read_hellaswag(HELLASWAG_PATH, enc, HELLASWAG_SIZE)
-    temporary = f"{HELLASWAG_PATH}.{os.getpid()}.tmp"
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        raise ValueError(f"{path} is empty")
+    rows = read_rows(path)
+    for where, example in rows:
+        check_example(example, where)
+    if num_examples is not None and len(rows) != num_examples:
+        counts = f"{len(rows)} examples, but the validation set has {num_examples}"
+        raise ValueError(f"{path} contains {counts}")
+    if not rows:
+        raise ValueError(f"{path} contains no examples")
+    return [example for _, example in rows]
+
+
+@contextmanager
+def open_atomically(path):
+    """Open a temporary file for writing bytes, and rename it to path when it is complete.
+
+    If writing fails, path stays as it was.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with requests.get(HELLASWAG_URL, stream=True, timeout=30) as response:
-            response.raise_for_status()
-            os.makedirs(os.path.dirname(HELLASWAG_PATH), exist_ok=True)
-            with open(temporary, "wb") as file:
-                for chunk in tqdm(response.iter_content(2**20), unit="MiB", disable=None):
-                    file.write(chunk)
-        examples = read_hellaswag(temporary, enc, HELLASWAG_SIZE)
-        os.replace(temporary, HELLASWAG_PATH)
-        return examples
-    except (requests.RequestException, ValueError) as error:
-        raise ValueError(f"{HELLASWAG_URL} cannot be fetched, or came damaged ({error})") from None
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
 
 
-# --- end of copied block: read_hellaswag ---
-# --------------------------------------------------------------------------------------- scores
-def make_rows(examples, block_size):
-    """The rows that score examples, the longest first: (length, number of the example, context, endings).
+def download_hellaswag():
+    """Download the validation set to PARQUET_PATH. Returns its examples.
 
-    endings, {number: ids}, are all four of an example, unless with the context one is longer than block_size: of
-    these the last block_size ids stay, so that the ending has a context, and a row, of its own.
+    Raises ValueError if it cannot be downloaded, or if the download is damaged.
     """
-    rows = []
-    for i, (_, _, context, endings) in enumerate(examples):
-        endings_of = {}  # by context
-        for number, ending in enumerate(endings):
-            ids = (context + ending)[-block_size:]
-            n = max(1, len(ids) - len(ending))  # nothing predicts the first id, be it of the context or of an ending
-            endings_of.setdefault(tuple(ids[:n]), {})[number] = ids[n:]
-        for ids, parts in endings_of.items():
-            length = len(ids) + sum(len(part) - 1 for part in parts.values())  # without last ids: nothing answers them
-            rows.append((-(-length // 8) * 8, i, ids, parts))  # a multiple of 8 for GPUs
-    return sorted(rows, key=lambda row: -row[0])
+    from huggingface_hub import HfApi, hf_hub_download  # imported here because it is slow
+
+    try:
+        # Find the file. It is data/validation-00000-of-00001.parquet, but the Hub may rename it.
+        info = HfApi().dataset_info(REPO_ID, files_metadata=True)
+        pattern = r"(.*/)?validation[^/]*\.parquet"
+        files = [file for file in info.siblings if re.fullmatch(pattern, file.rfilename)]
+        if len(files) != 1:
+            raise ValueError(f"there are {len(files)} files validation*.parquet instead of one")
+        name = files[0].rfilename
+
+        # Download it into a temporary directory.
+        with tempfile.TemporaryDirectory() as directory:
+            path = hf_hub_download(
+                REPO_ID,
+                name,
+                repo_type="dataset",
+                revision=info.sha,
+                local_dir=directory,
+            )
+            with open(path, "rb") as file:
+                content = file.read()
+
+            # Check its SHA-256, if the Hub has one, and its number of examples.
+            expected = files[0].lfs.sha256 if files[0].lfs else None
+            actual = hashlib.sha256(content).hexdigest()
+            if expected and actual != expected:
+                raise ValueError(f"{name} has SHA-256 {actual} instead of {expected}")
+            examples = read_hellaswag(path, NUM_EXAMPLES)
+    except Exception as error:  # the Hub and its HTTP client have no common base class of errors
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"cannot download HellaSwag (data set {REPO_ID} of the Hugging Face Hub): {reason}: "
+            "run the same command again, put the validation set at "
+            f"{JSONL_PATH} or {PARQUET_PATH} by hand, or pass it with --data FILE"
+        ) from None
+    os.makedirs(os.path.dirname(PARQUET_PATH), exist_ok=True)
+    with open_atomically(PARQUET_PATH) as file:
+        file.write(content)
+    return examples
 
 
-@torch.no_grad()
-def score_rows(model, rows, device):
-    """The losses of B rows in nats, (B, T, 4) on the device: of what comes next in each ending, 0 where nothing does.
+def load_examples(path, tokenizer, limit=None):
+    """Return the first limit examples, tokenized, of a file or (path None) of the validation set.
 
-    All endings of a row stand behind its context, at the same positions, each seeing it and itself alone.
+    Exits if they cannot be read.
     """
-    B, T = len(rows), rows[0][0]
-    idx, pos = np.zeros((2, B, T), int)
-    branch = np.full((B, T), 5)  # 0 in the context, 1 to 4 in an ending, 5 in the padding
-    targets = np.full((B, T, 4), -1)  # what comes next in each of the endings, -1 where that is none of it
-    for b, (_, _, context, endings) in enumerate(rows):
-        n = end = len(context)
-        idx[b, :n], pos[b, :n], branch[b, :n] = context, range(n), 0
-        for number, ending in endings.items():
-            here = slice(end, end := end + len(ending) - 1)
-            idx[b, here], pos[b, here], branch[b, here] = ending[:-1], range(n, n + len(ending) - 1), number + 1
-            targets[b, n - 1, number], targets[b, here, number] = ending[0], ending[1:]
-    scored = (targets >= 0).any(-1).ravel().nonzero()[0]  # (N,), the places from which an ending goes on
-    targets = targets.reshape(-1, 4)[scored]  # (N, 4)
-    idx, pos, branch, scored, targets = (torch.from_numpy(x).to(device) for x in (idx, pos, branch, scored, targets))
-    query, key = branch[:, :, None], branch[:, None, :]
-    mask = ((key == 0) | (key == query)).tril()  # (B, T, T): all see the context and their own branch, to their left
-    hidden = model.hidden(idx, pos, mask[:, None]).flatten(0, 1)[scored]  # (N, C)
-    losses = torch.zeros(B, T, 4, device=device)
-    for at, h, target in zip(scored.split(1024), hidden.split(1024), targets.split(1024), strict=True):
-        log_probs = F.log_softmax(model.logits(h), dim=-1, dtype=torch.float32)  # 1024 of GPT-2's: 206 MB
-        losses.view(-1, 4)[at] = -log_probs.gather(-1, target.clamp(min=0)).where(target >= 0, 0.0)
-    return losses
+    try:
+        if path is not None:
+            examples = read_hellaswag(path)
+        elif os.path.exists(PARQUET_PATH):
+            examples = read_hellaswag(PARQUET_PATH, NUM_EXAMPLES)
+        elif os.path.exists(JSONL_PATH):
+            examples = read_hellaswag(JSONL_PATH, NUM_EXAMPLES)
+        else:
+            examples = download_hellaswag()
+        return [tokenize(example, tokenizer) for example in examples[:limit]]
+    except (OSError, ValueError) as error:
+        advice = "" if "--data FILE" in str(error) else ": choose another file with --data FILE"
+        fail(f"{error}{advice}")
 
 
-def score_hellaswag(model, examples, block_size, batch_tokens, device):
-    """Yield (number, summed losses, mean losses) of the examples, two lists of 4 in nats, the longest example first.
+def tokenize(example, tokenizer):
+    """Return an Example. The context and each " " + ending are tokenized separately."""
+    return Example(
+        ind=example["ind"],
+        label=int(example["label"]),
+        context=encode(tokenizer, example["ctx"]),
+        endings=[encode(tokenizer, f" {ending}") for ending in example["endings"]],
+    )
 
-    examples are read_hellaswag's; model.hidden(idx, pos, mask) and model.logits(hidden) are all that is used of
-    model. Rows of about equal length make batches of at most batch_tokens (or one row).
+
+def write_prepared(path, examples):
+    """Write tokenized examples for train_gpt2.py as a NumPy file with these arrays:
+
+    tokens          (N, 4, T) uint16, rows "context + ending", padded with zeros at the end
+    context_length  (N,) int64, number of tokens in the context
+    length          (N, 4) int64, number of tokens in each row
+    label           (N,) int64, number of the correct ending
+    ind             (N,) int64, number of the example in the original data set
+
+    The examples are sorted by their longest row, the shortest first, so that batches of neighbors
+    need little padding. T is the length of the longest row of all.
     """
-    batches = []
-    for row in make_rows(examples, block_size):
-        if not batches or (len(batches[-1]) + 1) * batches[-1][0][0] > batch_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    sums, means = ([[None] * 4 for _ in examples] for _ in range(2))
-    results = ((batch, score_rows(model, batch, device)) for batch in batches)
-    # A batch is read when the next one is under way, so that a GPU never waits.
-    for (batch, losses), _ in pairwise(chain(results, [None])):
-        losses = losses.cpu().double().sum(1).tolist()  # (B, T, 4) -> (B, 4)
-        for (_, i, _, endings), row in zip(batch, losses, strict=True):
-            for number, ending in endings.items():
-                sums[i][number], means[i][number] = row[number], row[number] / len(ending)
-            if None not in sums[i]:
-                yield i, sums[i], means[i]
+    examples = sorted(examples, key=row_length)
+    tokens = np.zeros((len(examples), 4, row_length(examples[-1])), dtype=np.uint16)
+    length = np.zeros((len(examples), 4), dtype=np.int64)
+    for i, example in enumerate(examples):
+        for j, ending in enumerate(example.endings):
+            row = example.context + ending
+            tokens[i, j, : len(row)] = row
+            length[i, j] = len(row)
+    context_length = [len(example.context) for example in examples]
+    label = [example.label for example in examples]
+    ind = [example.ind for example in examples]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open_atomically(path) as file:
+        np.savez_compressed(
+            file,
+            tokens=tokens,
+            context_length=np.array(context_length, dtype=np.int64),
+            length=length,
+            label=np.array(label, dtype=np.int64),
+            ind=np.array(ind, dtype=np.int64),
+        )
 
 
-# --------------------------------------------------------------------------------- command line
+# --- copied block: encode ---
+def encode(tokenizer, text):
+    """Return the tokens of a text. Special tokens in it are treated as ordinary text.
+
+    Raises ValueError if tiktoken cannot tokenize it.
+    """
+    # tiktoken crashes at a million blanks in a row. Shorter texts need no search for them.
+    limit = 900_000
+    if len(text) > limit:
+        longest = max(map(len, re.findall(r"\s+", text)), default=0)
+        if longest > limit:
+            raise ValueError(f"a text has {longest:,} blanks in a row: use at most {limit:,}")
+    return tokenizer.encode_ordinary(text)
+
+
+# --- end of copied block: encode ---
+
+
+# --------------------------------------------------------------------------------------- model
+# --- copied block: GPT ---
+# An inference-only GPT-2. Its modules and parameters have the same names as those of train_gpt2.py
+# and of transformers. There is no dropout and no initialization. The key/value cache is what
+# train_gpt2.py does not have. In the shapes below, B is the batch size, T the number of new tokens,
+# S the number of all tokens so far, C the number of channels (768 in GPT-2 124M), nh the number of
+# heads (12) and hs = C / nh the size of a head (64).
+class KVCache:
+    """The attention keys and values of all tokens that the model has processed so far.
+
+    In causal attention, the keys and values of a token do not depend on later tokens. So they are
+    computed once and kept, and a forward pass processes only the new tokens. Memory for max_length
+    tokens is allocated at the beginning.
+    """
+
+    def __init__(self, shape, device, dtype):
+        """Allocate an empty cache of shape (n_layer, B, nh, max_length, hs)."""
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0  # number of tokens in the cache
+
+    def append(self, layer, k, v):
+        """Store k and v (B, nh, T, hs) of T new tokens in a layer.
+
+        Returns the keys and values of all S tokens, two tensors (B, nh, S, hs).
+        """
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def select(self, sequences, max_length):
+        """Return a cache with a copy of some sequences, and memory for max_length tokens of each.
+
+        sequences (N,) are their indices, from 0 to B - 1. Each may be selected several times.
+        """
+        n_layer, _, n_head, _, head_size = self.keys.shape
+        shape = (n_layer, len(sequences), n_head, max_length, head_size)
+        copy = KVCache(shape, self.keys.device, self.keys.dtype)
+        copy.length = self.length
+        copy.keys[:, :, :, : self.length] = self.keys[:, sequences, :, : self.length]
+        copy.values[:, :, :, : self.length] = self.values[:, sequences, :, : self.length]
+        return copy
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        C = config["n_embd"]
+        self.n_head = config["n_head"]
+        self.layer = layer  # index of this layer's keys and values in the cache
+        self.c_attn = nn.Linear(C, 3 * C)  # queries, keys and values of all heads in one matmul
+        self.c_proj = nn.Linear(C, C)
+
+    def forward(self, x, mask, cache):
+        B, T, C = x.shape
+        nh = self.n_head
+
+        # queries, keys and values of the new tokens
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
+        q = q.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        k = k.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        v = v.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+
+        # keys and values of the earlier tokens
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, nh, T, hs) -> (B, nh, S, hs)
+
+        # Without earlier tokens, is_causal masks the future. That is faster than a mask.
+        is_causal = k.shape[2] == T
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, nh, hs) -> (B, T, C)
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    """A two-layer MLP that is applied to each position independently."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config["n_embd"], config["n_inner"])
+        self.activation = ACTIVATIONS[config["activation_function"]]
+        self.c_proj = nn.Linear(config["n_inner"], config["n_embd"])
+
+    def forward(self, x):
+        x = self.activation(self.c_fc(x))  # (B, T, C) -> (B, T, n_inner)
+        return self.c_proj(x)  # (B, T, n_inner) -> (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention (communication), then the MLP (computation), each with a residual connection."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config["n_embd"], eps=config["layer_norm_epsilon"])
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config["n_embd"], eps=config["layer_norm_epsilon"])
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask, cache):
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """GPT-2. forward() returns hidden states; logits() turns those that are needed into logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # wte is the token embedding and the output head, wpe is the position embedding.
+        self.wte = nn.Embedding(config["vocab_size"], config["n_embd"])
+        self.wpe = nn.Embedding(config["n_positions"], config["n_embd"])
+        self.h = nn.ModuleList([Block(config, layer) for layer in range(config["n_layer"])])
+        self.ln_f = nn.LayerNorm(config["n_embd"], eps=config["layer_norm_epsilon"])
+
+    @classmethod
+    def from_pretrained(cls, directory, device="cpu", dtype=torch.float32):
+        """Load a model from a directory with config.json and safetensors files.
+
+        Raises ValueError if there is no GPT-2 in it, or if its files are damaged.
+        """
+        config = read_config(directory)
+        weights = read_weights(directory, config)
+        for name, weight in weights.items():
+            # Some weights are transposed views. Contiguous weights are faster.
+            weights[name] = weight.to(device, dtype).contiguous()
+
+        # The model is created without memory (on the device "meta") and without initialization.
+        # assign=True makes the loaded tensors its parameters.
+        with torch.device("meta"):
+            model = cls(config)
+        try:
+            model.load_state_dict(weights, strict=True, assign=True)
+        except RuntimeError as error:
+            # The message lists missing names, unexpected names and wrong shapes, one per line.
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{directory} does not match its config.json: {reason}") from None
+        return model.eval()
+
+    def new_cache(self, batch_size, max_length):
+        """Return an empty cache for batch_size sequences of at most max_length tokens."""
+        n_head = self.config["n_head"]
+        head_size = self.config["n_embd"] // n_head
+        shape = (self.config["n_layer"], batch_size, n_head, max_length, head_size)
+        return KVCache(shape, self.wte.weight.device, self.wte.weight.dtype)
+
+    def forward(self, idx, cache=None):
+        """Return the final hidden states (B, T, C) of the tokens idx (B, T).
+
+        With a cache, idx continues the sequences in the cache. The keys and values of idx are
+        added to the cache.
+        """
+        T = idx.shape[1]
+        start = 0 if cache is None else cache.length  # position of the first new token
+
+        # If there are earlier tokens and several new ones, attention needs a mask (T, S): new token
+        # i is at position start + i and attends to the positions 0 to start + i.
+        mask = None
+        if start > 0 and T > 1:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
+
+        positions = torch.arange(start, start + T, device=idx.device)  # (T,)
+        x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
+        for block in self.h:
+            x = block(x, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+    def logits(self, x):
+        """Return the logits (..., vocab_size) of the next token for hidden states x (..., C)."""
+        return F.linear(x, self.wte.weight)
+
+
+# --- end of copied block: GPT ---
+
+
+# ------------------------------------------------------------------------------------- loading
+# --- copied block: fail ---
 def fail(message):
-    """Report a user's mistake in one line on stderr and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """Report a user error in one line on stderr and exit with status 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+# --- end of copied block: fail ---
+
+
+# --- copied block: run_script ---
+def run_script(main):
+    """Call main() with output that suits terminals, pipes and files.
+
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
+    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, as in ">&-"
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (stays open)
+        elif hasattr(stream, "reconfigure"):  # Jupyter's streams have no such method
+            stream.reconfigure(errors="replace", line_buffering=True)
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(0)  # a normal exit would write to the closed pipe again
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        os._exit(1)
+
+
+# --- end of copied block: run_script ---
+
+
+# --- copied block: read_json ---
+def read_json(path):
+    """Return the JSON object in a file as a dict. Raises ValueError if there is no such object, OSError if no file."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not contain a JSON object")
+    return content
+
+
+# --- end of copied block: read_json ---
+
+
+# --- copied block: pretrained ---
+ACTIVATIONS = {  # by their Hugging Face names; the first two are both GPT-2's
+    "gelu_new": nn.GELU(approximate="tanh"),
+    "gelu_pytorch_tanh": nn.GELU(approximate="tanh"),
+    "gelu": nn.GELU(),
+    "relu": nn.ReLU(),
+}
+# Hugging Face stores these weights as (in, out), because GPT-2's linear layers were written as convolutions.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def find_pretrained(name):
+    """Return the directory of a model: a directory, a run's newest checkpoint, or a download from the Hub.
+
+    Raises ValueError if there is no such model, or it cannot be downloaded.
+    """
+    if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
+        checkpoints = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
+        if not checkpoints:
+            raise ValueError(f"{name} contains neither config.json nor step_NNNNNN: pass the directory of a model")
+        newest = max(checkpoints, key=lambda entry: int(entry.removeprefix("step_")))
+        return os.path.join(name, newest)
+    if os.path.isdir(name):
+        return name
+    if os.path.exists(name):
+        raise ValueError(f"{name} is a file: pass the directory that contains config.json and model.safetensors")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"{name} does not exist")
+    from huggingface_hub import snapshot_download  # imported here because it is slow
+
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+    try:
+        return snapshot_download(name, allow_patterns=patterns)
+    except Exception as error:  # the Hub, its HTTP client and its transfer library share no base class
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{name} is not a directory here, and cannot be downloaded from the Hugging Face Hub ({reason}): "
+            "check the name, run the same command again, or pass a local directory"
+        ) from None
+
+
+def read_config(directory):
+    """Return the config.json of a GPT-2, with GPT-2's values for missing fields. Raises ValueError if unsupported.
+
+    The field tokenizer, "gpt2" or "bytes", is added, and vocab_size is that of the tokenizer: rows of the token
+    embedding beyond it are padding, which some tools add.
+    """
+    path = f"{directory}/config.json"
+    try:
+        saved = read_json(path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}): it is not the directory of a model") from None
+    if saved.get("model_type") != "gpt2":
+        raise ValueError(f"{path}: model_type is {saved.get('model_type')!r}, but only gpt2 is supported")
+    defaults = {
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "n_inner": None,  # None means 4 * n_embd
+        "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": 0.1,
+        "activation_function": "gelu_new",
+        "tokenizer": None,
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
+    config = {name: saved.get(name, default) for name, default in defaults.items()}
+    if config["n_inner"] is None:
+        config["n_inner"] = 4 * config["n_embd"] if type(config["n_embd"]) is int else 0
+    for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner"):
+        if type(config[name]) is not int or not 0 < config[name] < 2**31:
+            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a positive integer")
+    for name in ("layer_norm_epsilon", "resid_pdrop"):
+        if type(config[name]) not in (int, float) or not 0 <= config[name] < 1:
+            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a number from 0 to 1")
+    if config["n_embd"] % config["n_head"]:
+        raise ValueError(f"{path}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
+    if config["activation_function"] not in list(ACTIVATIONS):
+        raise ValueError(f"{path}: activation_function {config['activation_function']!r} is not supported")
+    for name in ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+        if config[name] is not defaults[name]:
+            raise ValueError(f"{path}: {name} {config[name]!r} is not supported")
+    for tokenizer, vocab_size in (("gpt2", 50257), ("bytes", 257)):
+        # At most 511 rows of padding: vocabularies are padded to multiples of 512 at most.
+        if vocab_size <= config["vocab_size"] < vocab_size + 512 and config["tokenizer"] in (None, tokenizer):
+            config["tokenizer"], config["vocab_size"] = tokenizer, vocab_size
+            return config
+    raise ValueError(
+        f"{path}: vocab_size {config['vocab_size']} with tokenizer {config['tokenizer']!r} is not supported: "
+        "use 50257 (gpt2) or 257 (bytes)"
+    )
+
+
+def read_weights(directory, config):
+    """Return the parameters of a GPT-2 by name, with the shapes of nn.Linear and the tokenizer's vocab_size rows.
+
+    The weights may be stored with or without the prefix "transformer.", in one file or in shards with an index
+    file. Raises ValueError if they are damaged or not a GPT-2's.
+    """
+    file_names = ["model.safetensors"]
+    if os.path.exists(f"{directory}/model.safetensors.index.json"):
+        weight_map = read_json(f"{directory}/model.safetensors.index.json").get("weight_map")
+        file_names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+        if not file_names or not all(re.fullmatch(r"model[\w.-]*\.safetensors", name) for name in file_names):
+            raise ValueError(f"{directory}/model.safetensors.index.json does not list files of this directory")
+    elif not os.path.exists(f"{directory}/model.safetensors"):
+        if os.path.exists(f"{directory}/pytorch_model.bin"):
+            raise ValueError(
+                f"{directory} has its weights in pytorch_model.bin, a format that can run code: convert it with "
+                "transformers (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
+            )
+        raise ValueError(f"{directory} contains no model.safetensors: pass the directory of a model")
+    weights = {}
+    for file_name in file_names:
+        path = f"{directory}/{file_name}"
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot read {path} ({error})") from None
+        for name, tensor in tensors.items():
+            weights[name.removeprefix("transformer.")] = tensor
+    # transformers once stored each block's causal mask, and may store the output head, which is the embedding.
+    buffers = (".attn.bias", ".attn.masked_bias")
+    weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
+    embedding = weights.get("wte.weight")
+    if embedding is None or embedding.shape[1:] != (config["n_embd"],) or len(embedding) < config["vocab_size"]:
+        raise ValueError(
+            f"{directory} does not match its config.json: wte.weight must have at least {config['vocab_size']} rows "
+            f"of {config['n_embd']} numbers"
+        )
+    head = weights.pop("lm_head.weight", embedding)
+    if head is not embedding and not torch.equal(head, embedding):
+        raise ValueError(f"{directory}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding")
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise ValueError(f"{directory}: {name} has dtype {weight.dtype}, but it must be floating point")
+        if name.endswith(TRANSPOSED) and weight.dim() == 2:
+            weights[name] = weight.T
+    weights["wte.weight"] = embedding[: config["vocab_size"]]
+    return weights
+
+
+# --- end of copied block: pretrained ---
+
+
+# --- copied block: get_tokenizer ---
+def get_tokenizer(name):
+    """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
+
+    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes" needs no
+    network. Raises ValueError if the vocabulary cannot be loaded.
+    """
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # network, disk or a wrong file: these errors share no base class
+            raise ValueError(
+                f"cannot load GPT-2's vocabulary ({type(error).__name__}): connect to the network once, "
+                "or set TIKTOKEN_CACHE_DIR to a directory that contains it"
+            ) from None
+    byte_ranks = {bytes([i]): i for i in range(256)}
+    return tiktoken.Encoding(
+        name,
+        pat_str=r"(?s:.{1,1000})",  # where text is split does not matter, because no tokens are merged
+        mergeable_ranks=byte_ranks,
+        special_tokens={"<|endoftext|>": 256},
+    )
+
+
+# --- end of copied block: get_tokenizer ---
 
 
 # --- copied block: pick_device ---
 def pick_device(name):
-    """The torch.device called name; "auto" is the accelerator if there is one, else the CPU."""
+    """Return the torch.device with this name. "auto" is the accelerator if there is one, otherwise the CPU."""
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True)
+        if device is None and shutil.which("nvidia-smi"):  # the NVIDIA driver is installed
+            print(
+                "warning: PyTorch cannot use this machine's NVIDIA GPU, so the CPU is used. "
+                "The README says which driver PyTorch needs.",
+                file=sys.stderr,
+            )
+        return device or torch.device("cpu")
     try:
-        return torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # fails on the device "meta", which has no memory
+        return probe.device
     except (AssertionError, ImportError, NotImplementedError, RuntimeError):
-        fail(f"--device {name} is not available here: leave it out, or use --device cpu")
+        fail(f"--device {name} is not available here: omit it, or use --device cpu")
 
 
 # --- end of copied block: pick_device ---
-# --- copied block: load_model ---
-def load_model(name, device, dtype):
-    """The (GPT, tiktoken.Encoding, directory or name) of --model; exits where there is none, or of unknown tokens.
 
-    name is a model's directory, a run's, whose newest checkpoint counts, or else a name on the Hugging Face hub.
+
+# --- copied block: load_model ---
+def is_out_of_memory(error):
+    """Return whether an exception says that the memory of the CPU or of the GPU is used up."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "allocate memory" in str(error)  # PyTorch's RuntimeError on a CPU
+
+
+def load_model(name, device, dtype):
+    """Load --model. Returns (model, tokenizer, directory). Exits if it cannot be loaded.
+
+    name is the directory of a model, the directory of a run (its newest checkpoint is used), or
+    the name of a model on the Hugging Face Hub.
     """
-    path, remedy = name, "name a directory that holds config.json and model.safetensors"
-    if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
-        steps = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
-        if not steps:
-            found = ", ".join(sorted(os.listdir(name))[:5]) or "nothing"
-            fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: {remedy}, or a run")
-        path = f"{name}/{max(steps, key=lambda entry: int(entry[5:]))}"
-    elif name == "log" and not os.path.isdir(name):
-        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
+    if name == "log" and not os.path.isdir(name):
+        advice = "train a model with python train_gpt2.py, or choose a model with --model"
+        fail(f"there is no checkpoint in log/: {advice}")
     try:
-        model = GPT(path, device, dtype)
-    except (OSError, ValueError) as error:
-        where = "" if os.path.isdir(path) else " is no directory, and not to be had from the Hugging Face hub"
-        fail(f"--model {name}{where}: {str(error).splitlines()[0]}: {remedy}")
-    vocab_size, known = model.config["vocab_size"], {50257: "gpt2", 257: "bytes"}
-    tokenizer = model.config.get("tokenizer", known.get(vocab_size))
-    if vocab_size not in known or tokenizer != known[vocab_size]:
-        fail(f"--model {name} has {vocab_size} tokens of the tokenizer {tokenizer!r}, which is not one of {known}")
-    try:
-        return model, get_tokenizer(tokenizer), path
-    except requests.RequestException as error:
-        remedy = "point TIKTOKEN_CACHE_DIR at a folder that holds it"
-        fail(f"cannot fetch the GPT-2 vocabulary ({type(error).__name__}): {remedy}")
+        directory = find_pretrained(name)
+        model = GPT.from_pretrained(directory, device, dtype)
+        tokenizer = get_tokenizer(model.config["tokenizer"])
+    except ValueError as error:
+        fail(f"--model {name}: {error}")
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "use a smaller model, or --dtype bfloat16"
+        fail(f"--model {name} does not fit into the memory of {device}: {advice}")
+    return model, tokenizer, directory
 
 
 # --- end of copied block: load_model ---
-def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
-    add = parser.add_argument
-    add("--model", default="log", help="directory of a GPT-2, of a run of train_gpt2.py, or a name on the hub (log)")
-    add("--data", metavar="FILE", help="examples as JSON lines (the validation set, downloaded once)")
-    add("--limit", type=int, metavar="N", help="score the first N examples alone (all)")
-    add("--output", metavar="FILE", help="JSON file for the losses and predictions (none)")
-    add("--batch_tokens", type=int, metavar="N", help="tokens a batch, padding included (2048 on a CPU, else 65536)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (auto)")
-    add("--dtype", choices=list(DTYPES), help="of weights and activations (bfloat16 on GPUs that have it, or float32)")
-    args = parser.parse_args()
-    for name in ("limit", "batch_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name} is {getattr(args, name)}: it must be above 0")
-    is_new = args.output and not os.path.isfile(args.output)
-    if is_new and (os.path.exists(args.output) or not os.path.isdir(os.path.dirname(args.output) or ".")):
-        fail(f"--output {args.output} cannot be written: name a file in a directory that exists")
-    device = pick_device(args.device)
-    if args.dtype is None:
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = "bfloat16" if has_bfloat16 else "float32"
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    model, enc, name = load_model(args.model, device, DTYPES[args.dtype])
-    model.pack()
-    try:
-        examples = (read_hellaswag(args.data, enc) if args.data else fetch_hellaswag(enc))[: args.limit]
-    except (OSError, ValueError) as error:
-        fail(f"{error}: name another file with --data")
 
-    block_size, n, right, right_norm, predictions = model.config["n_positions"], len(examples), 0, 0, {}
-    cut = sum(len(context) + max(map(len, endings)) > block_size for _, _, context, endings in examples)
-    if cut:
-        print(f"{cut} of {n} examples are longer than {block_size} tokens: their contexts lose their beginnings")
-    batch_tokens = args.batch_tokens or (2048 if device.type == "cpu" else 65536)
-    scores = score_hellaswag(model, examples, block_size, batch_tokens, device)
-    bar = tqdm(scores, total=n, unit="examples", disable=None)
-    for i, sums, means in bar:
-        ind, label, *_ = examples[i]
-        if not math.isfinite(sum(sums)):
-            fail(f"the losses of example {ind} are {sums}: --model {name} is broken, or try --dtype float32")
-        pred, pred_norm = sums.index(min(sums)), means.index(min(means))
-        right, right_norm = right + (pred == label), right_norm + (pred_norm == label)
-        predictions[i] = {"ind": ind, "label": label, "pred": pred, "pred_norm": pred_norm}
-        predictions[i] |= {"losses": sums, "mean_losses": means}
-        bar.set_postfix_str(f"acc_norm: {right_norm / len(predictions):.4f}", refresh=False)
-    print(f"{n} acc: {right / n:.4f} acc_norm: {right_norm / n:.4f}", flush=True)  # whatever becomes of --output
+
+# -------------------------------------------------------------------------------- command line
+def get_args():
+    """Parse the command line. Exits on invalid values."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.error = lambda message: fail(f"{message}; see --help")  # one line, as all errors
+    parser.add_argument(
+        "--model",
+        default="log",
+        help="directory of a model, directory of a run (its newest checkpoint is used),\n"
+        "or name of a GPT-2 on the Hugging Face Hub (default: log)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="HellaSwag examples as JSON lines or parquet (default: the validation set,\n"
+        f"from {PARQUET_PATH} or {JSONL_PATH}\nif one of them exists, otherwise downloaded)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="use only the first N examples (default: all)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="JSON file for the losses and predictions of all examples (default: none)",
+    )
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="tokenize the examples for train_gpt2.py instead of evaluating a model,\n"
+        f"and write them to {PREPARED_PATH}",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        metavar="N",
+        help="number of examples per batch; affects speed and memory, not results\n"
+        "(default: 8 on a CPU, 32 on other devices)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        help="dtype for weights and activations (default: float32 on CPUs,\n"
+        "bfloat16 on GPUs that support it and float32 on GPUs that do not)",
+    )
+    args = parser.parse_args()
+    for name in ("limit", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            fail(f"--{name} is {value}: it must be at least 1")
     if args.output:
-        result = {"model": name, "n": n, "acc": right / n, "acc_norm": right_norm / n}
-        result["predictions"] = [predictions[i] for i in range(n)]
-        with open(f"{args.output}.tmp", "w", encoding="utf-8") as file:
-            json.dump(result, file)
-        os.replace(f"{args.output}.tmp", args.output)
+        directory = os.path.dirname(args.output) or "."
+        is_other = os.path.exists(args.output) and not os.path.isfile(args.output)
+        if is_other or not os.path.isdir(directory):
+            fail(f"cannot write --output {args.output}: choose a file in a directory that exists")
+    return args
+
+
+def prepare(args):
+    """Tokenize the examples for train_gpt2.py (--prepare)."""
+    try:
+        tokenizer = get_tokenizer("gpt2")
+    except ValueError as error:
+        fail(error)
+    examples = load_examples(args.data, tokenizer, args.limit)
+    write_prepared(PREPARED_PATH, examples)
+    print(f"wrote {len(examples):,} examples to {PREPARED_PATH}")
+
+
+def pick_dtype(name, device):
+    """Return the name of the dtype to use. name is that of --dtype, or None for the default."""
+    if name is not None:
+        return name
+    # Older GPUs only emulate bfloat16, which is slow.
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32"
+
+
+def predict(model, examples, batch_size):
+    """Return one dict for each example, with its losses and predictions as --output has them.
+
+    Shows a progress bar on a terminal. Raises ValueError if a loss is NaN or infinite.
+    """
+    predictions = [None] * len(examples)
+    num_done = 0
+    num_correct = 0
+    # disable=None means: no progress bar if stderr is not a terminal.
+    with tqdm(total=len(examples), unit="examples", disable=None) as progress:
+        for i, totals, means in evaluate(model, examples, batch_size):
+            example = examples[i]
+            if not math.isfinite(sum(totals)):
+                raise ValueError(f"the losses of example {example.ind} are {totals}")
+            predictions[i] = {
+                "ind": example.ind,
+                "label": example.label,
+                "pred": totals.index(min(totals)),
+                "pred_norm": means.index(min(means)),
+                "losses": totals,
+                "mean_losses": means,
+            }
+            num_done += 1
+            num_correct += predictions[i]["pred_norm"] == example.label
+            progress.set_postfix_str(f"acc_norm: {num_correct / num_done:.4f}", refresh=False)
+            progress.update()
+    return predictions
+
+
+def accuracy(predictions, name):
+    """Return the fraction of predictions[i][name] that are the label."""
+    num_correct = sum(prediction[name] == prediction["label"] for prediction in predictions)
+    return num_correct / len(predictions)
+
+
+def main():
+    args = get_args()
+    # cuDNN's attention builds a new plan for every new length, which takes longer than the
+    # attention itself. Here nearly every batch has another length, so PyTorch's other attention
+    # kernels are used.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that support it
+    if args.prepare:
+        prepare(args)
+        return
+
+    # The model and the examples.
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    model, tokenizer, directory = load_model(args.model, device, DTYPES[dtype])
+    model_name = directory if os.path.isdir(args.model) else args.model
+    examples = load_examples(args.data, tokenizer, args.limit)
+    n = len(examples)
+    n_positions = model.config["n_positions"]
+    num_long = sum(row_length(example) > n_positions for example in examples)
+    if num_long:
+        print(
+            f"{num_long} of {n} examples are longer than {n_positions} tokens: "
+            "the beginnings of their contexts are not used"
+        )
+
+    # The losses of all examples.
+    batch_size = args.batch_size or (8 if device.type == "cpu" else 32)
+    try:
+        predictions = predict(model, examples, batch_size)
+    except ValueError as error:
+        fail(f"{error}: try --dtype float32, or choose another model than --model {model_name}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = f"a batch of {batch_size} examples does not fit into the memory of {device}"
+        fail(f"{reason}: use a smaller --batch_size")
+    acc = accuracy(predictions, "pred")
+    acc_norm = accuracy(predictions, "pred_norm")
+
+    # The result is printed before --output is written, so that it is not lost if writing fails.
+    print(f"{n} acc: {acc:.4f} acc_norm: {acc_norm:.4f}", flush=True)
+    if args.output:
+        result = {
+            "model": model_name,
+            "n": n,
+            "acc": acc,
+            "acc_norm": acc_norm,
+            "predictions": predictions,
+        }
+        with open_atomically(args.output) as file:
+            file.write(json.dumps(result).encode())
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, head say, has enough
-        os._exit(0)
-    except OSError as error:  # a full disk, say, under --output or standard output
-        print(f"error: {error}", file=sys.stderr)
-        os._exit(1)
+    run_script(main)

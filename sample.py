@@ -1,14 +1,18 @@
 """
-Text from a GPT-2: a checkpoint of train_gpt2.py, or any of Hugging Face's in a directory or on its hub.
+Generate text with a GPT-2: a checkpoint of train_gpt2.py, or any Hugging Face GPT-2.
 
-    python sample.py                                                        # the newest checkpoint in log/
+    python sample.py                                     # the newest checkpoint in log/
     python sample.py --model gpt2 --prompt "Hello, I'm a language model,"
-    python sample.py --model log/step_019073 --prompt "The" --num_samples 4 --temperature 0.8 --top_p 0.9
+    python sample.py --model log/step_019073 --num_samples 4 --temperature 0.8 --top_p 0.9
     cat prompt.txt | python sample.py --model gpt2 --prompt - --stop "." --max_new_tokens 100
 
-Prints the prompt and what follows, a token at a time; without --prompt it asks for prompts on a terminal, and
-elsewhere starts a document. The same flags give the same text. Reads a directory or the hub, writes nothing.
-Expect 35 to 40 tokens a second from GPT-2 124M on two CPU cores: every token reads all weights from memory.
+Prints the prompt and its continuation, token by token. Without --prompt, it asks for prompts on a
+terminal, and otherwise starts a new document. The same flags give the same text. A model is read
+from a directory or the Hugging Face Hub. Nothing is written. Expect about 35 tokens per second from
+GPT-2 124M on two CPU cores: each token needs all weights from memory. With --dtype bfloat16 the
+weights take half the memory.
+
+Sections: sampling, text, model, loading, command line.
 """
 
 import argparse
@@ -16,369 +20,838 @@ import codecs
 import json
 import os
 import re
+import shutil
 import signal
 import sys
-from contextlib import suppress
 from functools import partial
 
-import requests
 import tiktoken
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could command a terminal
+CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except newline and tab
 
 
-def fail(message):
-    """Report a user's mistake in one line on stderr and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+# ------------------------------------------------------------------------------------ sampling
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Sample one token per row from softmax(logits / temperature). Returns (B,) for logits (B, V).
 
-
-# ---------------------------------------------------------------------------------------- model
-# --- copied block: read_pretrained ---
-# By Hugging Face's names, GPT-2's first, which has two.
-ACTIVATIONS = {"gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
-ACTIVATIONS["gelu_pytorch_tanh"] = ACTIVATIONS["gelu_new"]
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face stores these transposed: (in, out)
-
-
-def read_pretrained(directory_or_name):
-    """The (config, tensors by name) of a GPT-2 in a directory, ours or Hugging Face's, or of a name on its hub.
-
-    config is config.json's object with GPT-2's values for what it leaves out, tensors are as the file holds
-    them, without their prefix "transformer.". Raises ValueError, in one line, where there is no GPT-2 that
-    these scripts can compute, and OSError where a name cannot be fetched.
+    temperature 0 always takes the most likely token. top_k keeps only the top_k most likely tokens
+    (0: all). top_p then keeps the smallest set of most likely tokens with a total probability of
+    at least top_p ("nucleus sampling", from "The Curious Case of Neural Text Degeneration", 2019).
+    Raises ValueError if logits are NaN or infinite.
     """
-    directory = directory_or_name
-    if not os.path.isdir(directory):
-        from huggingface_hub import snapshot_download
+    highest, most_likely = logits.float().max(dim=-1)  # (B, V) -> (B,) and (B,)
+    if not highest.isfinite().all():
+        raise ValueError("the logits are NaN or infinite: try --dtype float32 or another --model")
+    if temperature < 1e-6:  # 0, or too small to divide by
+        return most_likely
 
-        directory = snapshot_download(directory, allow_patterns=["config.json", "model.safetensors"])
-    numbers = dict(vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768, layer_norm_epsilon=1e-5)
-    choices = {"model_type": ["gpt2"], "activation_function": list(ACTIVATIONS), "tie_word_embeddings": [True]}
-    choices |= {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
-    config = numbers | {name: values[0] for name, values in choices.items()} | {"n_inner": None}
-    try:
-        with open(f"{directory}/config.json", encoding="utf-8") as file:
-            config |= json.load(file)
-        for name, values in choices.items():
-            if config[name] not in values:
-                raise ValueError(f"its {name} is {config[name]!r}, and not one of {values}")
-        for name, value in numbers.items():
-            if type(config[name]) is not type(value) or config[name] <= 0:
-                raise ValueError(f"its {name} is {config[name]!r}, and no number like {value}")
-        n_layer, n_head, C = config["n_layer"], config["n_head"], config["n_embd"]
-        if C % n_head:
-            raise ValueError(f"its n_embd {C} is not divisible by its n_head {n_head}")
-        tensors = {k.removeprefix("transformer."): v for k, v in load_file(f"{directory}/model.safetensors").items()}
-        blocks = {name.split(".")[1] for name in tensors if name.startswith("h.")}
-        if len(blocks) != n_layer:
-            raise ValueError(f"it has {len(blocks)} blocks, its n_layer is {n_layer}")
-        n_inner = config["n_inner"] or 4 * C
-        block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
-        block |= {"ln_2": (C,), "mlp.c_fc": (C, n_inner), "mlp.c_proj": (n_inner, C)}
-        layers = {f"h.{i}.{name}": shape for i in range(n_layer) for name, shape in block.items()} | {"ln_f": (C,)}
-        shapes = {"wte.weight": (config["vocab_size"], C), "wpe.weight": (config["n_positions"], C)}
-        for name, shape in layers.items():
-            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
-        for name, shape in shapes.items():
-            found = tuple(tensors[name].shape) if name in tensors else "missing"
-            if found != shape:
-                raise ValueError(f"{name} is {found}, config.json asks for {shape}")
-            if not tensors[name].is_floating_point():
-                raise ValueError(f"{name} holds {tensors[name].dtype}, not floating-point numbers")
-        if "lm_head.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
-            raise ValueError("its lm_head.weight is not its wte.weight, as GPT-2's is")
-    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{directory} holds no GPT-2: {error}") from None
-    return config, {name: tensors[name] for name in shapes}
+    # top_k: keep the k most likely tokens, the most likely one first.
+    vocab_size = logits.shape[-1]
+    k = min(top_k, vocab_size) if top_k else vocab_size
+    logits, tokens = logits.topk(k)  # (B, V) -> (B, k) and (B, k)
 
+    # Softmax with a temperature. Subtracting the highest logit does not change the result, and
+    # avoids overflow.
+    logits = logits.float() - highest[:, None]  # (B, k)
+    probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
 
-# --- end of copied block: read_pretrained ---
-# --- copied block: GPT ---
-class GPT:
-    """A GPT-2 for inference: the tensors of a checkpoint and the equations between them, no training.
-
-    The same function as train_gpt2.py's GPT and transformers' GPT2LMHeadModel. Raises as read_pretrained does.
-    """
-
-    def __init__(self, directory_or_name, device="cpu", dtype=torch.float32):
-        self.config, tensors = read_pretrained(directory_or_name)
-        tensors = {name: t.T if name.endswith(CONV1D) else t for name, t in tensors.items()}  # linears: (out, in)
-        self.tensors = {name: t.to(device, dtype).contiguous() for name, t in tensors.items()}
-        self.tensors["lm_head.weight"] = self.tensors["wte.weight"]  # tied
-
-    def pack(self):
-        """Give the matrices oneDNN's own layout, as torch.compile does, where that is a CPU's and float32.
-
-        Four rows times it are 1.3 to 2.6 times as fast, depending on the CPU; one row is slower.
-        """
-        wte = self.tensors["wte.weight"]
-        if wte.device.type == "cpu" and wte.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            for name, tensor in self.tensors.items():
-                if name.endswith((*CONV1D, "lm_head.weight")):
-                    self.tensors[name] = torch.ops.mkldnn._reorder_linear_weight(tensor)
-
-    def linear(self, x, name):
-        weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
-        if weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return F.linear(x, weight, bias)
-
-    def norm(self, x, name):
-        weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
-        return F.layer_norm(x, x.shape[-1:], weight, bias, self.config["layer_norm_epsilon"])
-
-    def hidden(self, idx, pos, mask=None, cache=None, start=0):
-        """What the head sees, (B, T, C), for ids idx (B, T) at positions pos, broadcastable to (B, T).
-
-        mask, bool and broadcastable to (B, n_head, T, T), is True where a query (row) may see a key (column);
-        without it every token sees itself and all before it. cache, (n_layer, 2, B, n_head, S, head size), is where
-        keys and values are kept, of idx behind those of the start tokens before; if there are any, T is 1.
-        """
-        (B, T), n_head = idx.shape, self.config["n_head"]
-        activation = ACTIVATIONS[self.config["activation_function"]]
-        x = self.tensors["wte.weight"][idx] + self.tensors["wpe.weight"][pos]  # (B, T, C)
-        for i in range(self.config["n_layer"]):
-            qkv = self.linear(self.norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")  # (B, T, 3C)
-            q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
-            if cache is not None:
-                cache[i, 0, :, :, start : start + T], cache[i, 1, :, :, start : start + T] = k, v
-                k, v = cache[i, :, :B, :, : start + T]  # 2 x (B, nh, start + T, hs)
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)  # (B, nh, T, hs)
-            x = x + self.linear(y.transpose(1, 2).reshape(B, T, -1), f"h.{i}.attn.c_proj")
-            y = activation(self.linear(self.norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"))  # (B, T, n_inner)
-            x = x + self.linear(y, f"h.{i}.mlp.c_proj")
-        return self.norm(x, "ln_f")
-
-    def logits(self, hidden):
-        """The head: hidden (..., C) to logits (..., vocab_size)."""
-        return self.linear(hidden, "lm_head")
-
-
-# --- end of copied block: GPT ---
-# ------------------------------------------------------------------------------------- sampling
-def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One id a row, (B,), drawn from softmax(logits / temperature), logits (B, V); temperature 0 takes the likeliest.
-
-    top_k leaves the k likeliest ids (0: all), then top_p the fewest likeliest whose probabilities add up to it
-    ("The Curious Case of Neural Text Degeneration", 2019). Raises ValueError for logits that are no numbers.
-    """
-    best, likeliest = logits.float().max(dim=-1)  # (B,), (B,)
-    if not best.isfinite().all():
-        raise ValueError("the model computes infinities or NaN: try --dtype float32, or another checkpoint")
-    if temperature < 1e-6:  # 0, or too little to divide by
-        return likeliest
-    logits, idx = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (B, k), the likeliest first
-    probs = F.softmax((logits.float() - best[:, None]) / temperature, dim=-1)  # of 0 at most: nothing overflows
+    # top_p: drop a token if the tokens before it have a total probability of top_p already.
     if top_p < 1:
-        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)  # those before are enough
-    return idx.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+        before = probs.cumsum(dim=-1) - probs  # (B, k)
+        dropped = before >= top_p
+        dropped[:, 0] = False  # keep the most likely token even if top_p is rounded to 0
+        probs = probs.masked_fill(dropped, 0)
+
+    # multinomial does not need probabilities that add up to 1.
+    choice = torch.multinomial(probs, 1, generator=generator)  # (B, k) -> (B, 1), indices of tokens
+    return tokens.gather(1, choice)[:, 0]  # (B, k) -> (B, 1) -> (B,)
 
 
 @torch.inference_mode()
-def generate(model, prompt, num_samples, max_new_tokens, pick):
-    """Yield max_new_tokens times the next ids, (num_samples,), which pick makes of logits (num_samples, V).
+def generate(model, prompt_tokens, num_samples, max_new_tokens, sampler):
+    """Yield the next token of each sample, (num_samples,), max_new_tokens times.
 
-    prompt, a list of ids, is continued by all samples. The next token follows from the last block_size ones. Before
-    there are as many, keys and values are kept; afterwards each step moves all tokens to other positions, which
-    are learned, so that it has to compute all of them anew.
+    All samples continue prompt_tokens, a list. sampler maps logits (num_samples, V) to the next
+    tokens, as sample_token does.
     """
-    config, wte, block_size = model.config, model.tensors["wte.weight"], model.config["n_positions"]
-    length = min(block_size, len(prompt) + max_new_tokens)
-    sizes = (num_samples, config["n_head"], length, config["n_embd"] // config["n_head"])
-    cache = torch.empty(config["n_layer"], 2, *sizes, device=wte.device, dtype=wte.dtype)
-    idx, start = torch.tensor([prompt], device=wte.device), 0  # (1, T): one row fills the cache of all samples
-    for _ in range(max_new_tokens):
-        pos = torch.arange(start, idx.shape[1], device=wte.device)  # (T,) or (1,)
-        hidden = model.hidden(idx[:, start:], pos, cache=cache, start=start)[:, -1]  # (1 or B, C)
-        token = pick(model.logits(hidden).expand(num_samples, -1))  # (B,)
-        yield token
-        start = idx.shape[1]
-        idx = torch.cat((idx.expand(num_samples, -1), token[:, None]), dim=1)  # (B, T + 1)
-        if start == block_size:
-            idx, start = idx[:, 1:], 0
+    n_positions = model.config["n_positions"]
+    device = model.wte.weight.device
+
+    # The prompt is the same for all samples. Process it once and copy its keys and values.
+    idx = torch.tensor([prompt_tokens], device=device)  # (1, T)
+    cache = model.new_cache(1, len(prompt_tokens))
+    x = model(idx, cache)[:, -1]  # (1, T) -> (1, T, C) -> (1, C)
+    copies = torch.zeros(num_samples, dtype=torch.int64, device=device)  # sequence 0, B times
+    max_length = min(n_positions, len(prompt_tokens) + max_new_tokens)
+    cache = cache.select(copies, max_length)
+    idx = idx.expand(num_samples, -1)  # (1, T) -> (B, T)
+    logits = model.logits(x).expand(num_samples, -1)  # (1, C) -> (1, V) -> (B, V)
+    next_token = sampler(logits)  # (B, V) -> (B,)
+    yield next_token
+
+    for _ in range(max_new_tokens - 1):
+        idx = torch.cat((idx, next_token[:, None]), dim=1)  # (B, T) -> (B, T + 1)
+        if idx.shape[1] <= n_positions:
+            # With the cache, only the newest token has to be processed.
+            x = model(idx[:, -1:], cache)[:, -1]  # (B, 1) -> (B, 1, C) -> (B, C)
+        else:
+            # The text is longer than the model's context. The oldest token is dropped, so all
+            # others move to another position and get another position embedding. Their keys and
+            # values change, the cache cannot be used, and each step processes n_positions tokens.
+            idx = idx[:, 1:]  # (B, n_positions)
+            x = model(idx)[:, -1]  # (B, n_positions) -> (B, n_positions, C) -> (B, C)
+        next_token = sampler(model.logits(x))  # (B, C) -> (B, V) -> (B,)
+        yield next_token
 
 
-class Text:
-    """The text of one sample as its tokens come, up to end-of-text or the first of the texts stops.
+# ---------------------------------------------------------------------------------------- text
+def partial_stop_length(text, stops):
+    """Return the length of the longest end of text that a stop text could begin with."""
+    longest = 0
+    for stop in stops:
+        for length in range(longest + 1, len(stop)):
+            if text.endswith(stop[:length]):
+                longest = length
+    return longest
 
-    Characters come whole, bytes that are none as U+FFFD, and so do control characters but newline and tab.
+
+class StreamDecoder:
+    """Turn the tokens of one sample into text as they arrive, up to <|endoftext|> or a stop text.
+
+    Tokens are parts of UTF-8 text, and a character can be split between two of them. Only complete
+    characters are returned. Invalid bytes and control characters, which could send commands to a
+    terminal, become U+FFFD.
     """
 
-    def __init__(self, enc, stops):
-        self.enc, self.stops, self.held, self.done = enc, stops, "", False
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, tokenizer, stops):
+        self.tokenizer = tokenizer
+        self.stops = stops
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds incomplete characters
+        self.pending = ""  # text that may turn out to be the beginning of a stop text
+        self.done = False
 
     def add(self, token):
-        """The text, maybe none, that is settled now that token has come; token None says that no more will."""
+        """Add a token and return the text that can be printed now. The token None ends the text."""
         if self.done:
             return ""
-        self.done = token in (None, self.enc.eot_token)
-        data = b"" if self.done else self.enc.decode_single_token_bytes(token)
-        text = self.held + self.decoder.decode(data, final=self.done)
-        begins = [text.find(stop) for stop in self.stops if stop in text]
-        if begins:
-            text, self.done = text[: min(begins)], True
-        begun = [n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])]  # characters of a stop
-        settled = len(text) - (0 if self.done else max(begun, default=0))
-        self.held = text[settled:]
-        return CONTROL.sub("\ufffd", text[:settled])
+        self.done = token is None or token == self.tokenizer.eot_token
+        data = b"" if self.done else self.tokenizer.decode_single_token_bytes(token)
+        # If bytes of a character are missing, utf8 keeps the others until they arrive.
+        text = self.pending + self.utf8.decode(data, final=self.done)
+
+        # A stop text ends the sample. If there are several, the first one counts.
+        stop_positions = [text.find(stop) for stop in self.stops if stop in text]
+        if stop_positions:
+            text = text[: min(stop_positions)]
+            self.done = True
+
+        # Keep what may be the beginning of a stop text until more tokens decide.
+        num_pending = 0 if self.done else partial_stop_length(text, self.stops)
+        end = len(text) - num_pending
+        self.pending = text[end:]
+        return CONTROL_CHARACTER.sub("\ufffd", text[:end])
 
 
-def continuations(model, enc, ids, args, generator):
-    """Yield, step by step, what to append to the text of each sample: lists (num_samples,) of str."""
-    texts = [Text(enc, args.stop) for _ in range(args.num_samples)]
-    pick = partial(choose, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator)
-    for tokens in generate(model, ids, args.num_samples, args.max_new_tokens, pick):
-        yield [text.add(token) for text, token in zip(texts, tokens.tolist(), strict=True)]
-        if all(text.done for text in texts):
+def stream_texts(model, tokenizer, prompt_tokens, args):
+    """Yield the new text of every sample, a list of num_samples strings, after each token."""
+    generator = torch.Generator(model.wte.weight.device).manual_seed(args.seed)
+    sampler = partial(
+        sample_token,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        generator=generator,
+    )
+    decoders = [StreamDecoder(tokenizer, args.stop) for _ in range(args.num_samples)]
+    steps = generate(model, prompt_tokens, args.num_samples, args.max_new_tokens, sampler)
+    for tokens in steps:  # (num_samples,)
+        texts = []
+        for decoder, token in zip(decoders, tokens.tolist(), strict=True):
+            texts.append(decoder.add(token))
+        yield texts
+        if all(decoder.done for decoder in decoders):
             return
-    yield [text.add(None) for text in texts]
+    # max_new_tokens is reached: return what the decoders have kept.
+    yield [decoder.add(None) for decoder in decoders]
 
 
-def sample(model, enc, prompt, args, generator, echo=True):
-    """Print a sample as it comes, or several one after the other, behind the prompt; raises ValueError in one line."""
-    ids, block_size = enc.encode_ordinary(prompt) or [enc.eot_token], model.config["n_positions"]
-    if len(ids) > block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens, the model takes {block_size}: shorten it")
-    steps, shown = continuations(model, enc, ids, args, generator), prompt if echo else ""
-    if args.num_samples == 1:
-        print(shown, end="", flush=True)
-        for (piece,) in steps:
-            print(piece, end="", flush=True)
-        print()
-    else:
-        for i, pieces in enumerate(zip(*steps, strict=True), 1):
-            print(f"--- sample {i} of {args.num_samples} ---", shown + "".join(pieces), sep="\n", flush=True)
+def print_samples(model, tokenizer, prompt, args, echo=True):
+    """Print continuations of prompt: one sample token by token, several one after the other.
+
+    With echo, the prompt is printed before each of them. Raises ValueError if the prompt is too
+    long, if the model computes NaN, or if the samples need too much memory.
+    """
+    prompt_tokens = encode(tokenizer, prompt)
+    if not prompt_tokens:
+        prompt_tokens = [tokenizer.eot_token]  # the beginning of a document
+    n_positions = model.config["n_positions"]
+    if len(prompt_tokens) > n_positions:
+        n = len(prompt_tokens)
+        limit = f"the model takes at most {n_positions}"
+        raise ValueError(f"the prompt has {n} tokens, but {limit}: use a shorter prompt")
+    shown_prompt = prompt if echo else ""
+    steps = stream_texts(model, tokenizer, prompt_tokens, args)
+    try:
+        # A single sample is printed while it is generated.
+        if args.num_samples == 1:
+            print(shown_prompt, end="", flush=True)
+            for texts in steps:
+                print(texts[0], end="", flush=True)
+            print()
+            return
+        # Several samples are generated in parallel and printed at the end.
+        samples = [shown_prompt] * args.num_samples
+        for texts in steps:
+            samples = [sample + text for sample, text in zip(samples, texts, strict=True)]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{args.num_samples} samples do not fit into the memory: use a smaller --num_samples"
+        ) from None
+    for i, sample in enumerate(samples, 1):
+        print(f"--- sample {i} of {args.num_samples} ---", sample, sep="\n", flush=True)
 
 
-# --------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------- model
+# --- copied block: GPT ---
+# An inference-only GPT-2. Its modules and parameters have the same names as those of train_gpt2.py
+# and of transformers. There is no dropout and no initialization. The key/value cache is what
+# train_gpt2.py does not have. In the shapes below, B is the batch size, T the number of new tokens,
+# S the number of all tokens so far, C the number of channels (768 in GPT-2 124M), nh the number of
+# heads (12) and hs = C / nh the size of a head (64).
+class KVCache:
+    """The attention keys and values of all tokens that the model has processed so far.
+
+    In causal attention, the keys and values of a token do not depend on later tokens. So they are
+    computed once and kept, and a forward pass processes only the new tokens. Memory for max_length
+    tokens is allocated at the beginning.
+    """
+
+    def __init__(self, shape, device, dtype):
+        """Allocate an empty cache of shape (n_layer, B, nh, max_length, hs)."""
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0  # number of tokens in the cache
+
+    def append(self, layer, k, v):
+        """Store k and v (B, nh, T, hs) of T new tokens in a layer.
+
+        Returns the keys and values of all S tokens, two tensors (B, nh, S, hs).
+        """
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def select(self, sequences, max_length):
+        """Return a cache with a copy of some sequences, and memory for max_length tokens of each.
+
+        sequences (N,) are their indices, from 0 to B - 1. Each may be selected several times.
+        """
+        n_layer, _, n_head, _, head_size = self.keys.shape
+        shape = (n_layer, len(sequences), n_head, max_length, head_size)
+        copy = KVCache(shape, self.keys.device, self.keys.dtype)
+        copy.length = self.length
+        copy.keys[:, :, :, : self.length] = self.keys[:, sequences, :, : self.length]
+        copy.values[:, :, :, : self.length] = self.values[:, sequences, :, : self.length]
+        return copy
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        C = config["n_embd"]
+        self.n_head = config["n_head"]
+        self.layer = layer  # index of this layer's keys and values in the cache
+        self.c_attn = nn.Linear(C, 3 * C)  # queries, keys and values of all heads in one matmul
+        self.c_proj = nn.Linear(C, C)
+
+    def forward(self, x, mask, cache):
+        B, T, C = x.shape
+        nh = self.n_head
+
+        # queries, keys and values of the new tokens
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
+        q = q.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        k = k.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        v = v.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+
+        # keys and values of the earlier tokens
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, nh, T, hs) -> (B, nh, S, hs)
+
+        # Without earlier tokens, is_causal masks the future. That is faster than a mask.
+        is_causal = k.shape[2] == T
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, nh, hs) -> (B, T, C)
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    """A two-layer MLP that is applied to each position independently."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config["n_embd"], config["n_inner"])
+        self.activation = ACTIVATIONS[config["activation_function"]]
+        self.c_proj = nn.Linear(config["n_inner"], config["n_embd"])
+
+    def forward(self, x):
+        x = self.activation(self.c_fc(x))  # (B, T, C) -> (B, T, n_inner)
+        return self.c_proj(x)  # (B, T, n_inner) -> (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention (communication), then the MLP (computation), each with a residual connection."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config["n_embd"], eps=config["layer_norm_epsilon"])
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config["n_embd"], eps=config["layer_norm_epsilon"])
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask, cache):
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """GPT-2. forward() returns hidden states; logits() turns those that are needed into logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # wte is the token embedding and the output head, wpe is the position embedding.
+        self.wte = nn.Embedding(config["vocab_size"], config["n_embd"])
+        self.wpe = nn.Embedding(config["n_positions"], config["n_embd"])
+        self.h = nn.ModuleList([Block(config, layer) for layer in range(config["n_layer"])])
+        self.ln_f = nn.LayerNorm(config["n_embd"], eps=config["layer_norm_epsilon"])
+
+    @classmethod
+    def from_pretrained(cls, directory, device="cpu", dtype=torch.float32):
+        """Load a model from a directory with config.json and safetensors files.
+
+        Raises ValueError if there is no GPT-2 in it, or if its files are damaged.
+        """
+        config = read_config(directory)
+        weights = read_weights(directory, config)
+        for name, weight in weights.items():
+            # Some weights are transposed views. Contiguous weights are faster.
+            weights[name] = weight.to(device, dtype).contiguous()
+
+        # The model is created without memory (on the device "meta") and without initialization.
+        # assign=True makes the loaded tensors its parameters.
+        with torch.device("meta"):
+            model = cls(config)
+        try:
+            model.load_state_dict(weights, strict=True, assign=True)
+        except RuntimeError as error:
+            # The message lists missing names, unexpected names and wrong shapes, one per line.
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{directory} does not match its config.json: {reason}") from None
+        return model.eval()
+
+    def new_cache(self, batch_size, max_length):
+        """Return an empty cache for batch_size sequences of at most max_length tokens."""
+        n_head = self.config["n_head"]
+        head_size = self.config["n_embd"] // n_head
+        shape = (self.config["n_layer"], batch_size, n_head, max_length, head_size)
+        return KVCache(shape, self.wte.weight.device, self.wte.weight.dtype)
+
+    def forward(self, idx, cache=None):
+        """Return the final hidden states (B, T, C) of the tokens idx (B, T).
+
+        With a cache, idx continues the sequences in the cache. The keys and values of idx are
+        added to the cache.
+        """
+        T = idx.shape[1]
+        start = 0 if cache is None else cache.length  # position of the first new token
+
+        # If there are earlier tokens and several new ones, attention needs a mask (T, S): new token
+        # i is at position start + i and attends to the positions 0 to start + i.
+        mask = None
+        if start > 0 and T > 1:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
+
+        positions = torch.arange(start, start + T, device=idx.device)  # (T,)
+        x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
+        for block in self.h:
+            x = block(x, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+    def logits(self, x):
+        """Return the logits (..., vocab_size) of the next token for hidden states x (..., C)."""
+        return F.linear(x, self.wte.weight)
+
+
+# --- end of copied block: GPT ---
+
+
+# ------------------------------------------------------------------------------------- loading
+# --- copied block: fail ---
+def fail(message):
+    """Report a user error in one line on stderr and exit with status 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- end of copied block: fail ---
+
+
+# --- copied block: run_script ---
+def run_script(main):
+    """Call main() with output that suits terminals, pipes and files.
+
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
+    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, as in ">&-"
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (stays open)
+        elif hasattr(stream, "reconfigure"):  # Jupyter's streams have no such method
+            stream.reconfigure(errors="replace", line_buffering=True)
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(0)  # a normal exit would write to the closed pipe again
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        os._exit(1)
+
+
+# --- end of copied block: run_script ---
+
+
+# --- copied block: read_json ---
+def read_json(path):
+    """Return the JSON object in a file as a dict. Raises ValueError if there is no such object, OSError if no file."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not contain a JSON object")
+    return content
+
+
+# --- end of copied block: read_json ---
+
+
+# --- copied block: pretrained ---
+ACTIVATIONS = {  # by their Hugging Face names; the first two are both GPT-2's
+    "gelu_new": nn.GELU(approximate="tanh"),
+    "gelu_pytorch_tanh": nn.GELU(approximate="tanh"),
+    "gelu": nn.GELU(),
+    "relu": nn.ReLU(),
+}
+# Hugging Face stores these weights as (in, out), because GPT-2's linear layers were written as convolutions.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def find_pretrained(name):
+    """Return the directory of a model: a directory, a run's newest checkpoint, or a download from the Hub.
+
+    Raises ValueError if there is no such model, or it cannot be downloaded.
+    """
+    if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
+        checkpoints = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
+        if not checkpoints:
+            raise ValueError(f"{name} contains neither config.json nor step_NNNNNN: pass the directory of a model")
+        newest = max(checkpoints, key=lambda entry: int(entry.removeprefix("step_")))
+        return os.path.join(name, newest)
+    if os.path.isdir(name):
+        return name
+    if os.path.exists(name):
+        raise ValueError(f"{name} is a file: pass the directory that contains config.json and model.safetensors")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"{name} does not exist")
+    from huggingface_hub import snapshot_download  # imported here because it is slow
+
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+    try:
+        return snapshot_download(name, allow_patterns=patterns)
+    except Exception as error:  # the Hub, its HTTP client and its transfer library share no base class
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{name} is not a directory here, and cannot be downloaded from the Hugging Face Hub ({reason}): "
+            "check the name, run the same command again, or pass a local directory"
+        ) from None
+
+
+def read_config(directory):
+    """Return the config.json of a GPT-2, with GPT-2's values for missing fields. Raises ValueError if unsupported.
+
+    The field tokenizer, "gpt2" or "bytes", is added, and vocab_size is that of the tokenizer: rows of the token
+    embedding beyond it are padding, which some tools add.
+    """
+    path = f"{directory}/config.json"
+    try:
+        saved = read_json(path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}): it is not the directory of a model") from None
+    if saved.get("model_type") != "gpt2":
+        raise ValueError(f"{path}: model_type is {saved.get('model_type')!r}, but only gpt2 is supported")
+    defaults = {
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "n_inner": None,  # None means 4 * n_embd
+        "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": 0.1,
+        "activation_function": "gelu_new",
+        "tokenizer": None,
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
+    config = {name: saved.get(name, default) for name, default in defaults.items()}
+    if config["n_inner"] is None:
+        config["n_inner"] = 4 * config["n_embd"] if type(config["n_embd"]) is int else 0
+    for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner"):
+        if type(config[name]) is not int or not 0 < config[name] < 2**31:
+            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a positive integer")
+    for name in ("layer_norm_epsilon", "resid_pdrop"):
+        if type(config[name]) not in (int, float) or not 0 <= config[name] < 1:
+            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a number from 0 to 1")
+    if config["n_embd"] % config["n_head"]:
+        raise ValueError(f"{path}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
+    if config["activation_function"] not in list(ACTIVATIONS):
+        raise ValueError(f"{path}: activation_function {config['activation_function']!r} is not supported")
+    for name in ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+        if config[name] is not defaults[name]:
+            raise ValueError(f"{path}: {name} {config[name]!r} is not supported")
+    for tokenizer, vocab_size in (("gpt2", 50257), ("bytes", 257)):
+        # At most 511 rows of padding: vocabularies are padded to multiples of 512 at most.
+        if vocab_size <= config["vocab_size"] < vocab_size + 512 and config["tokenizer"] in (None, tokenizer):
+            config["tokenizer"], config["vocab_size"] = tokenizer, vocab_size
+            return config
+    raise ValueError(
+        f"{path}: vocab_size {config['vocab_size']} with tokenizer {config['tokenizer']!r} is not supported: "
+        "use 50257 (gpt2) or 257 (bytes)"
+    )
+
+
+def read_weights(directory, config):
+    """Return the parameters of a GPT-2 by name, with the shapes of nn.Linear and the tokenizer's vocab_size rows.
+
+    The weights may be stored with or without the prefix "transformer.", in one file or in shards with an index
+    file. Raises ValueError if they are damaged or not a GPT-2's.
+    """
+    file_names = ["model.safetensors"]
+    if os.path.exists(f"{directory}/model.safetensors.index.json"):
+        weight_map = read_json(f"{directory}/model.safetensors.index.json").get("weight_map")
+        file_names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+        if not file_names or not all(re.fullmatch(r"model[\w.-]*\.safetensors", name) for name in file_names):
+            raise ValueError(f"{directory}/model.safetensors.index.json does not list files of this directory")
+    elif not os.path.exists(f"{directory}/model.safetensors"):
+        if os.path.exists(f"{directory}/pytorch_model.bin"):
+            raise ValueError(
+                f"{directory} has its weights in pytorch_model.bin, a format that can run code: convert it with "
+                "transformers (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
+            )
+        raise ValueError(f"{directory} contains no model.safetensors: pass the directory of a model")
+    weights = {}
+    for file_name in file_names:
+        path = f"{directory}/{file_name}"
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot read {path} ({error})") from None
+        for name, tensor in tensors.items():
+            weights[name.removeprefix("transformer.")] = tensor
+    # transformers once stored each block's causal mask, and may store the output head, which is the embedding.
+    buffers = (".attn.bias", ".attn.masked_bias")
+    weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
+    embedding = weights.get("wte.weight")
+    if embedding is None or embedding.shape[1:] != (config["n_embd"],) or len(embedding) < config["vocab_size"]:
+        raise ValueError(
+            f"{directory} does not match its config.json: wte.weight must have at least {config['vocab_size']} rows "
+            f"of {config['n_embd']} numbers"
+        )
+    head = weights.pop("lm_head.weight", embedding)
+    if head is not embedding and not torch.equal(head, embedding):
+        raise ValueError(f"{directory}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding")
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise ValueError(f"{directory}: {name} has dtype {weight.dtype}, but it must be floating point")
+        if name.endswith(TRANSPOSED) and weight.dim() == 2:
+            weights[name] = weight.T
+    weights["wte.weight"] = embedding[: config["vocab_size"]]
+    return weights
+
+
+# --- end of copied block: pretrained ---
+
+
 # --- copied block: get_tokenizer ---
 def get_tokenizer(name):
-    """The tiktoken.Encoding called name.
+    """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
 
-    "gpt2" has 50,257 tokens; tiktoken fetches its vocabulary once, or finds it in TIKTOKEN_CACHE_DIR, and
-    raises requests.RequestException where it cannot. "bytes" has 257, the 256 bytes and <|endoftext|>, and
-    never needs a network.
+    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes" needs no
+    network. Raises ValueError if the vocabulary cannot be loaded.
     """
     if name == "gpt2":
-        return tiktoken.get_encoding("gpt2")
-    ranks = {bytes([i]): i for i in range(256)}
-    pieces = r"(?s:.{1,1000})"  # how text is cut before merging: with no merges any cut gives the same
-    return tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # network, disk or a wrong file: these errors share no base class
+            raise ValueError(
+                f"cannot load GPT-2's vocabulary ({type(error).__name__}): connect to the network once, "
+                "or set TIKTOKEN_CACHE_DIR to a directory that contains it"
+            ) from None
+    byte_ranks = {bytes([i]): i for i in range(256)}
+    return tiktoken.Encoding(
+        name,
+        pat_str=r"(?s:.{1,1000})",  # where text is split does not matter, because no tokens are merged
+        mergeable_ranks=byte_ranks,
+        special_tokens={"<|endoftext|>": 256},
+    )
 
 
 # --- end of copied block: get_tokenizer ---
+
+
+# --- copied block: encode ---
+def encode(tokenizer, text):
+    """Return the tokens of a text. Special tokens in it are treated as ordinary text.
+
+    Raises ValueError if tiktoken cannot tokenize it.
+    """
+    # tiktoken crashes at a million blanks in a row. Shorter texts need no search for them.
+    limit = 900_000
+    if len(text) > limit:
+        longest = max(map(len, re.findall(r"\s+", text)), default=0)
+        if longest > limit:
+            raise ValueError(f"a text has {longest:,} blanks in a row: use at most {limit:,}")
+    return tokenizer.encode_ordinary(text)
+
+
+# --- end of copied block: encode ---
+
+
 # --- copied block: pick_device ---
 def pick_device(name):
-    """The torch.device called name; "auto" is the accelerator if there is one, else the CPU."""
+    """Return the torch.device with this name. "auto" is the accelerator if there is one, otherwise the CPU."""
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True)
+        if device is None and shutil.which("nvidia-smi"):  # the NVIDIA driver is installed
+            print(
+                "warning: PyTorch cannot use this machine's NVIDIA GPU, so the CPU is used. "
+                "The README says which driver PyTorch needs.",
+                file=sys.stderr,
+            )
+        return device or torch.device("cpu")
     try:
-        return torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # fails on the device "meta", which has no memory
+        return probe.device
     except (AssertionError, ImportError, NotImplementedError, RuntimeError):
-        fail(f"--device {name} is not available here: leave it out, or use --device cpu")
+        fail(f"--device {name} is not available here: omit it, or use --device cpu")
 
 
 # --- end of copied block: pick_device ---
-# --- copied block: load_model ---
-def load_model(name, device, dtype):
-    """The (GPT, tiktoken.Encoding, directory or name) of --model; exits where there is none, or of unknown tokens.
 
-    name is a model's directory, a run's, whose newest checkpoint counts, or else a name on the Hugging Face hub.
+
+# --- copied block: load_model ---
+def is_out_of_memory(error):
+    """Return whether an exception says that the memory of the CPU or of the GPU is used up."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "allocate memory" in str(error)  # PyTorch's RuntimeError on a CPU
+
+
+def load_model(name, device, dtype):
+    """Load --model. Returns (model, tokenizer, directory). Exits if it cannot be loaded.
+
+    name is the directory of a model, the directory of a run (its newest checkpoint is used), or
+    the name of a model on the Hugging Face Hub.
     """
-    path, remedy = name, "name a directory that holds config.json and model.safetensors"
-    if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
-        steps = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
-        if not steps:
-            found = ", ".join(sorted(os.listdir(name))[:5]) or "nothing"
-            fail(f"--model {name} holds no config.json and no step_NNNNNN, but {found}: {remedy}, or a run")
-        path = f"{name}/{max(steps, key=lambda entry: int(entry[5:]))}"
-    elif name == "log" and not os.path.isdir(name):
-        fail("there is no checkpoint in log/: make one with python train_gpt2.py, or name a model with --model")
+    if name == "log" and not os.path.isdir(name):
+        advice = "train a model with python train_gpt2.py, or choose a model with --model"
+        fail(f"there is no checkpoint in log/: {advice}")
     try:
-        model = GPT(path, device, dtype)
-    except (OSError, ValueError) as error:
-        where = "" if os.path.isdir(path) else " is no directory, and not to be had from the Hugging Face hub"
-        fail(f"--model {name}{where}: {str(error).splitlines()[0]}: {remedy}")
-    vocab_size, known = model.config["vocab_size"], {50257: "gpt2", 257: "bytes"}
-    tokenizer = model.config.get("tokenizer", known.get(vocab_size))
-    if vocab_size not in known or tokenizer != known[vocab_size]:
-        fail(f"--model {name} has {vocab_size} tokens of the tokenizer {tokenizer!r}, which is not one of {known}")
-    try:
-        return model, get_tokenizer(tokenizer), path
-    except requests.RequestException as error:
-        remedy = "point TIKTOKEN_CACHE_DIR at a folder that holds it"
-        fail(f"cannot fetch the GPT-2 vocabulary ({type(error).__name__}): {remedy}")
+        directory = find_pretrained(name)
+        model = GPT.from_pretrained(directory, device, dtype)
+        tokenizer = get_tokenizer(model.config["tokenizer"])
+    except ValueError as error:
+        fail(f"--model {name}: {error}")
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "use a smaller model, or --dtype bfloat16"
+        fail(f"--model {name} does not fit into the memory of {device}: {advice}")
+    return model, tokenizer, directory
 
 
 # --- end of copied block: load_model ---
-def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")  # argparse's own errors in one line, too
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="log", help="directory of a model or a run, whose last one counts, or hub name (log)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (auto)")
-    add("--dtype", choices=list(DTYPES), default="float32", help="of weights and all they meet (float32)")
-    add = parser.add_argument_group("text").add_argument
-    add("--prompt", help="text to continue; - reads it from standard input, without a newline at its end")
-    add("--num_samples", type=int, default=1, help="continuations of it, side by side (1)")
-    add("--max_new_tokens", type=int, default=200, help="tokens a sample; slow beyond the model's block_size (200)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="text that ends a sample; may be given repeatedly")
-    add = parser.add_argument_group("choice of a token").add_argument
-    add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder, 0 the likeliest (1.0)")
-    add("--top_k", type=int, default=50, help="choose among the k likeliest tokens (50; 0: all)")
-    add("--top_p", type=float, default=1.0, help="choose among the likeliest of this share in all (1.0: all)")
-    add("--seed", type=int, default=1337, help="of all random numbers (1337)")
-    args = parser.parse_args()
-    for name, value in vars(args).items():
-        zero_is_fine = name in ("temperature", "top_k", "seed")
-        if type(value) in (int, float) and not (value > 0 or value == 0 and zero_is_fine):
-            fail(f"--{name} is {value}: it must be {'0 or more' if zero_is_fine else 'above 0'}")
-    for name, most in (("top_p", 1), ("seed", 2**64 - 1)):
-        if getattr(args, name) > most:
-            fail(f"--{name} is {getattr(args, name)}: it must be {most} at most")
-    if "" in args.stop:
-        fail("--stop is empty: give it a text")
-    device = pick_device(args.device)
-    model, enc, path = load_model(args.model, device, DTYPES[args.dtype])
-    if args.num_samples > 1:
-        model.pack()
-    generator = torch.Generator(device).manual_seed(args.seed)
 
-    if args.prompt is None and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty():
-        print(f"{path}: type a text to continue; Ctrl-D leaves")
-        with suppress(EOFError):
-            while True:
-                try:
-                    sample(model, enc, input("> "), args, generator, echo=False)
-                except ValueError as error:
-                    print(f"error: {error}", file=sys.stderr)
-        print()
+
+# -------------------------------------------------------------------------------- command line
+def get_args():
+    """Parse the command line. Exits on invalid values."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.error = lambda message: fail(f"{message}; see --help")  # one line, as all errors
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="log",
+        help="directory of a model, directory of a run (its newest checkpoint is used),\n"
+        "or name of a GPT-2 on the Hugging Face Hub (default: log)",
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default="float32",
+        help="dtype for weights and activations (default: float32)",
+    )
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--prompt",
+        help="text to continue; - reads it from standard input, without a newline at its end\n"
+        "(default: ask for prompts on a terminal, otherwise start a new document)",
+    )
+    group.add_argument(
+        "--num_samples",
+        type=int,
+        default=1,
+        help="number of samples to generate in parallel (default: 1)",
+    )
+    group.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=200,
+        help="most tokens per sample; slow beyond the model's context length (default: 200)",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a sample before this text; can be given several times (default: none)",
+    )
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="divides the logits: below 1 less random, above 1 more random,\n"
+        "0 always takes the most likely token (default: 1.0)",
+    )
+    group.add_argument(
+        "--top_k",
+        type=int,
+        default=50,
+        help="sample from the top_k most likely tokens; 0 means all (default: 50)",
+    )
+    group.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample from the most likely tokens with a total probability of top_p;\n"
+        "1.0 means all tokens (default: 1.0)",
+    )
+    group.add_argument("--seed", type=int, default=1337, help="random seed (default: 1337)")
+    args = parser.parse_args()
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Exit if a flag has an invalid value."""
+    for name in ("num_samples", "max_new_tokens", "top_p"):
+        value = getattr(args, name)
+        if not value > 0:  # not value <= 0, which is False for NaN
+            fail(f"--{name} is {value}: it must be above 0")
+    for name in ("temperature", "top_k", "seed"):
+        value = getattr(args, name)
+        if not value >= 0:
+            fail(f"--{name} is {value}: it must be 0 or more")
+    limits = {"top_p": 1, "seed": 2**64 - 1, "num_samples": 100_000}
+    for name, limit in limits.items():
+        value = getattr(args, name)
+        if value > limit:
+            fail(f"--{name} is {value}: it must be at most {limit}")
+    if "" in args.stop:
+        fail("--stop is empty: pass a text that ends a sample")
+
+
+def replace_invalid(text):
+    """Return a command-line argument with U+FFFD instead of bytes that are not UTF-8."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def read_prompt():
+    """Return all of standard input, without the newline and the byte order mark of text files."""
+    if sys.stdin is None:  # closed by the shell, as in "<&-"
+        return ""
+    prompt = sys.stdin.buffer.read().decode(errors="replace").removeprefix("\ufeff")
+    return prompt.removesuffix("\n").removesuffix("\r")  # Windows ends lines with "\r\n"
+
+
+def ask_for_prompts(model, tokenizer, directory, args):
+    """Continue each prompt that is typed on the terminal, until Ctrl-D."""
+    print(f"{directory}: type a prompt; press Ctrl-D to quit")
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:  # Ctrl-D
+            print()
+            return
+        try:
+            print_samples(model, tokenizer, replace_invalid(prompt), args, echo=False)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def main():
+    args = get_args()
+    # cuDNN's attention builds a new plan for every new length, which takes longer than the
+    # attention itself. Here every token has another length, so PyTorch's other attention kernels
+    # are used.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    device = pick_device(args.device)
+    model, tokenizer, directory = load_model(args.model, device, DTYPES[args.dtype])
+
+    on_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    if args.prompt is None and on_terminal:
+        ask_for_prompts(model, tokenizer, directory, args)
         return
-    prompt = args.prompt or ""
-    if prompt == "-" and sys.stdin:
-        prompt = sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n")
-    prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")  # an argument can be any bytes
+    prompt = read_prompt() if args.prompt == "-" else replace_invalid(args.prompt or "")
     try:
-        sample(model, enc, prompt, args, generator)
+        print_samples(model, tokenizer, prompt, args)
     except ValueError as error:
         fail(error)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for what it lacks
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, head say, has enough
-        os._exit(0)
-    except OSError as error:  # a full disk, say, under standard output
-        print(f"error: {error}", file=sys.stderr)
-        os._exit(1)
+    run_script(main)

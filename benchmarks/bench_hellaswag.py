@@ -1,20 +1,22 @@
 """
-hellaswag.py against the plain method: one example at a time, four rows of context and ending, padded, all logits.
+Compare hellaswag.py with the plain method: one example at a time, four padded rows, all logits.
 
-    python benchmarks/bench_hellaswag.py                    # 124M, float32; about 3 minutes on two CPU cores
+    python benchmarks/bench_hellaswag.py                    # 124M, float32; 3 minutes on two cores
+    python benchmarks/bench_hellaswag.py --dtype bfloat16
     python benchmarks/bench_hellaswag.py --examples 500     # 12 minutes
     python benchmarks/bench_hellaswag.py --device cuda --examples 10042 --parts 10
 
-The examples are spans of --source: contexts of 10 to 90 GPT-2 tokens, four endings of 5 to 60, one of them the
-true continuation. With --alike the endings of an example differ in length by a quarter at most from their middle,
-so that the plain method pads less. The model has random weights. The plain method runs transformers'
-GPT2LMHeadModel, in the same dtype on the same device. The two take turns with parts of the examples that are alike
-in length, as the batches of a whole run are. Printed are examples/s of all parts together, the ratio part by part,
-what it would be over all if products with weights alone took time and all the same, and how far losses and
-predictions agree.
+The examples are cut from --source: contexts of 10, 20, ... or 90 GPT-2 tokens and four endings of 5
+to 60 tokens, one of which is the true continuation. There are only nine lengths of contexts because
+in the validation set about a hundred contexts have the same length. The model has random weights.
+The plain method runs transformers' GPT2LMHeadModel, in the same dtype on the same device. The two
+methods take turns with parts of the examples. Printed are the examples per second of all parts
+together, the ratio of each part, the ratio that the numbers of multiplications predict, and how
+well losses and predictions agree.
 """
 
 import argparse
+import math
 import os
 import random
 import statistics
@@ -22,122 +24,191 @@ import sys
 import tempfile
 import time
 
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import hellaswag  # noqa: E402
+import hellaswag  # noqa: E402 (found through the line above)
 
 HEADER = "| what | here | peer | ratio (range) | of the limit |\n|---|---|---|---|---|"
 
 
-def make_examples(ids, enc, n, alike, seed=0):
-    """n examples (ind, label, context, endings) as hellaswag.read_hellaswag returns them, from the ids of a text."""
-    rng, examples = random.Random(seed), []
+def read_source(path):
+    """Return the text of a UTF-8 file, or of the first 200 rows of a parquet file."""
+    if path.endswith(".parquet"):
+        column = pq.ParquetFile(path).read_row_group(0, columns=["text"]).column(0)
+        return " ".join(column.to_pylist()[:200])
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def make_examples(text, tokenizer, n):
+    """Return n hellaswag.Example, cut from a text at random."""
+    rng = random.Random(0)
+    tokens = tokenizer.encode_ordinary(text)
+    examples = []
     for i in range(n):
-        label, at, length = rng.randrange(4), rng.randrange(len(ids) - 200), rng.randint(10, 90)
-        middle, context = rng.randint(5, 60), enc.decode(ids[at : at + length]).strip()
-        low, high = (max(5, middle * 3 // 4), min(60, middle * 5 // 4)) if alike else (5, 60)
+        start = rng.randrange(len(tokens) - 200)
+        length = rng.randrange(10, 91, 10)
+        label = rng.randrange(4)
+        context = tokenizer.decode(tokens[start : start + length]).strip()
         endings = []
-        for number in range(4):
-            start = at + length if number == label else rng.randrange(len(ids) - 60)
-            text = enc.decode(ids[start : start + rng.randint(low, max(low, high))]).strip()
-            endings.append(enc.encode_ordinary(f" {text}"))
-        examples.append((i, label, enc.encode_ordinary(context), endings))
+        for j in range(4):
+            begin = start + length if j == label else rng.randrange(len(tokens) - 60)
+            endings.append(tokenizer.decode(tokens[begin : begin + rng.randint(5, 60)]).strip())
+        raw = {"ind": i, "label": label, "ctx": context or "A", "endings": endings}
+        examples.append(hellaswag.tokenize(raw, tokenizer))
     return examples
 
 
-@torch.no_grad()
-def plain(model, examples, device):
-    """The summed and the mean losses of each example, as build-nanogpt and llm.c compute them."""
+@torch.inference_mode()
+def score_plainly(model, examples):
+    """Return the total and mean losses of each example, as build-nanogpt computes them."""
     results = []
-    for _, _, context, endings in examples:
-        T = len(context) + max(map(len, endings))
-        tokens = torch.zeros(4, T, dtype=torch.long)
-        mask = torch.zeros(4, T)
-        for row, ending in enumerate(endings):
-            end = len(context) + len(ending)
-            tokens[row, :end] = torch.tensor(context + ending)
-            mask[row, len(context) : end] = 1
-        tokens, mask = tokens.to(device), mask.to(device)
-        logits = model(tokens).logits  # (4, T, V)
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-        losses = losses.view(4, -1) * mask[:, 1:]
-        results.append((losses.sum(1).tolist(), (losses.sum(1) / mask[:, 1:].sum(1)).tolist()))
+    for example in examples:
+        n = len(example.context)
+        tokens = torch.zeros(4, hellaswag.row_length(example), dtype=torch.int64)
+        mask = torch.zeros(4, hellaswag.row_length(example))  # 1 at the tokens of endings
+        for i, ending in enumerate(example.endings):
+            tokens[i, : n + len(ending)] = torch.tensor(example.context + ending)
+            mask[i, n : n + len(ending)] = 1
+        tokens = tokens.to(model.device)
+        mask = mask[:, 1:].to(model.device)
+        logits = model(tokens).logits[:, :-1].flatten(0, 1).float()  # (4 (T - 1), V)
+        losses = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+        totals = (losses.view(4, -1) * mask).sum(dim=1)
+        means = totals / mask.sum(dim=1)
+        results.append((totals.tolist(), means.tolist()))
     return results
 
 
-def main():
+def score_here(model, examples, batch_size):
+    """Return the total and mean losses of each example by hellaswag.py."""
+    results = [None] * len(examples)
+    for i, totals, means in hellaswag.evaluate(model, examples, batch_size):
+        results[i] = (totals, means)
+    return results
+
+
+def count_multiplications(examples, num_body, num_head):
+    """Return the multiplications by weights of the plain method and of hellaswag.py, without padding.
+
+    num_body and num_head are the numbers of weights in the blocks and in the output head.
+    """
+    plain = 0
+    here = 0
+    for example in examples:
+        plain += 4 * hellaswag.row_length(example) * (num_body + num_head)
+        num_ending_tokens = sum(len(ending) for ending in example.endings)
+        here += (len(example.context) + num_ending_tokens - 4) * num_body
+        here += num_ending_tokens * num_head
+    return plain, here
+
+
+def compare(name, plain, here):
+    """Print how well two lists of four losses per example agree. Returns the number of equal predictions."""
+    num_equal = 0
+    largest = 0.0
+    for a, b in zip(plain, here, strict=True):
+        num_equal += a.index(min(a)) == b.index(min(b))
+        largest = max(largest, *(abs(x - y) for x, y in zip(a, b, strict=True)))
+    print(f"{name} losses: largest difference {largest:.1e} nats, {num_equal} of {len(plain)} predictions equal")
+    return num_equal
+
+
+def get_args():
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_argument
-    add("--source", default="input.txt", help="UTF-8 text that the examples are cut from (input.txt)")
-    add("--examples", type=int, default=100, help="to score (100)")
-    add("--parts", type=int, help="in which the methods take turns (one for 25 examples)")
-    add("--alike", action="store_true", help="endings of an example that are alike in length (of any of 5 to 60)")
-    add("--batch_tokens", type=int, help="as hellaswag.py's (2048 on a CPU, else 65536)")
-    for name, default in (("n_layer", 12), ("n_head", 12), ("n_embd", 768)):
-        add(f"--{name}", type=int, default=default, help=f"of the model ({default})")
-    add("--device", default="auto", help="auto, cpu, cuda, ... (auto)")
-    add("--dtype", choices=list(hellaswag.DTYPES), help="of both (bfloat16 on GPUs that have it, else float32)")
-    args = parser.parse_args()
-    from transformers import GPT2Config, GPT2LMHeadModel
+    parser.add_argument(
+        "--source",
+        default="input.txt",
+        help="UTF-8 text or parquet file that the examples are cut from (default: input.txt)",
+    )
+    parser.add_argument("--examples", type=int, default=100, help="number of examples (default: 100)")
+    parser.add_argument("--parts", type=int, help="number of turns (default: one for 25 examples)")
+    parser.add_argument("--batch_size", type=int, help="as in hellaswag.py (default: 8 on a CPU, otherwise 32)")
+    parser.add_argument("--n_layer", type=int, default=12, help="number of layers (default: 12)")
+    parser.add_argument("--n_head", type=int, default=12, help="number of heads (default: 12)")
+    parser.add_argument("--n_embd", type=int, default=768, help="channels (default: 768)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    parser.add_argument(
+        "--dtype",
+        choices=list(hellaswag.DTYPES),
+        help="dtype of both (default: bfloat16 on GPUs that support it, otherwise float32)",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = get_args()
+    from transformers import GPT2Config, GPT2LMHeadModel  # imported here because it is slow
 
     device = hellaswag.pick_device(args.device)
-    if args.dtype is None:
-        args.dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    batch_size = args.batch_size or (8 if device.type == "cpu" else 32)
+    dtype_name = args.dtype
+    if dtype_name is None:
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype_name = "bfloat16" if has_bfloat16 else "float32"
+    dtype = hellaswag.DTYPES[dtype_name]
+    torch.backends.cuda.enable_cudnn_sdp(False)  # these two as hellaswag.py does
     torch.set_float32_matmul_precision("high")
+
+    # Both models have the same random weights.
     torch.manual_seed(0)
     config = GPT2Config(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-    theirs = GPT2LMHeadModel(config).eval()
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)  # as spread out as a trained model's
+    peer = GPT2LMHeadModel(config).eval()
+    for parameter in peer.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)  # losses as different as a trained model's
     with tempfile.TemporaryDirectory() as directory:
-        theirs.save_pretrained(directory)
-        ours = hellaswag.GPT(directory, device, hellaswag.DTYPES[args.dtype])
-    ours.pack()
-    theirs.to(device, hellaswag.DTYPES[args.dtype])
-    enc = hellaswag.get_tokenizer("gpt2")
-    with open(args.source, encoding="utf-8") as file:
-        examples = make_examples(enc.encode_ordinary(file.read()), enc, args.examples, args.alike)
-    batch_tokens = args.batch_tokens or (2048 if device.type == "cpu" else 65536)
+        peer.save_pretrained(directory)
+        model = hellaswag.GPT.from_pretrained(directory, device, dtype)
+    peer.to(device, dtype)
+    tokenizer = hellaswag.get_tokenizer("gpt2")
+    examples = make_examples(read_source(args.source), tokenizer, args.examples)
 
-    def shared(part):
-        scores = hellaswag.score_hellaswag(ours, part, ours.config["n_positions"], batch_tokens, device)
-        return [scores for _, *scores in sorted(scores)]
-
-    methods = {"plain": lambda part: plain(theirs, part, device), "hellaswag.py": shared}
-    results, seconds = {name: [] for name in methods}, {name: [] for name in methods}
+    # The methods take turns, part by part.
+    examples.sort(key=lambda example: (len(example.context), hellaswag.row_length(example)))
+    methods = {
+        "plain": lambda part: score_plainly(peer, part),
+        "hellaswag.py": lambda part: score_here(model, part, batch_size),
+    }
+    results = {name: [] for name in methods}
+    seconds = {name: [] for name in methods}
     for method in methods.values():
         method(examples[:8])  # warms up
-    n_parts = args.parts or -(-args.examples // 25)
-    examples.sort(key=lambda example: len(example[2]) + sum(map(len, example[3])))
-    for i in range(n_parts):
-        part = examples[i * args.examples // n_parts : (i + 1) * args.examples // n_parts]
+    num_parts = args.parts or math.ceil(len(examples) / 25)
+    for i in range(num_parts):
+        begin = i * len(examples) // num_parts
+        end = (i + 1) * len(examples) // num_parts
         for name, method in methods.items():
             start = time.perf_counter()
-            results[name] += method(part)  # lists of numbers: the device is done
+            results[name] += method(examples[begin:end])  # Python numbers: the device is done
             seconds[name].append(time.perf_counter() - start)
+
+    # Agreement and the table.
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
-    lengths = [len(context) for *_, context, _ in examples], [len(e) for *_, endings in examples for e in endings]
-    means = (f"{statistics.mean(part):.1f} ({min(part)} to {max(part)})" for part in lengths)
-    print("{} examples, contexts of {} tokens, endings of {}".format(args.examples, *means))
-    head = theirs.lm_head.weight.numel()
-    body = theirs.num_parameters() - head - theirs.transformer.wpe.weight.numel()
-    plain_cost = sum(4 * (len(context) + max(map(len, endings))) * (body + head) for *_, context, endings in examples)
-    extra = [sum(len(ending) - 1 for ending in endings) for *_, endings in examples]  # tokens behind the context
-    our_cost = sum((len(e[2]) + n) * body + (1 + n) * head for e, n in zip(examples, extra, strict=True))
-    pairs = list(zip(results["plain"], results["hellaswag.py"], strict=True))
-    for k, what in enumerate(("summed", "mean")):
-        same = sum(a[k].index(min(a[k])) == b[k].index(min(b[k])) for a, b in pairs)
-        worst = max(abs(x - y) for a, b in pairs for x, y in zip(a[k], b[k], strict=True))
-        print(f"{what} losses: largest difference {worst:.1e} nats, {same} of {len(pairs)} predictions the same")
-    other, mine = (args.examples / sum(times) for times in seconds.values())
-    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    what = f"HellaSwag, {theirs.num_parameters() / 1e6:.0f}M, {args.examples:,} examples, {args.dtype}"
+    contexts = [len(example.context) for example in examples]
+    endings = [len(ending) for example in examples for ending in example.endings]
     print(
-        f"\n{HEADER}\n| {what} | {mine:.2f} examples/s | transformers one by one {other:.2f} examples/s | {ratio} | "
-        f"{plain_cost / our_cost:.2f} by multiplications alone, {same} of {len(pairs)} predictions the same |"
+        f"{len(examples)} examples, contexts of {statistics.mean(contexts):.1f} tokens "
+        f"({min(contexts)} to {max(contexts)}), endings of {statistics.mean(endings):.1f} "
+        f"({min(endings)} to {max(endings)})"
+    )
+    plain, here = results["plain"], results["hellaswag.py"]
+    compare("total", [totals for totals, _ in plain], [totals for totals, _ in here])
+    num_equal = compare("mean", [means for _, means in plain], [means for _, means in here])
+    num_head = peer.lm_head.weight.numel()
+    num_body = peer.num_parameters() - num_head - peer.transformer.wpe.weight.numel()
+    plain_count, here_count = count_multiplications(examples, num_body, num_head)
+    ratios = [a / b for a, b in zip(seconds["plain"], seconds["hellaswag.py"], strict=True)]
+    print(
+        f"\n{HEADER}\n| HellaSwag, {peer.num_parameters() / 1e6:.0f}M, {len(examples):,} examples, "
+        f"{dtype_name} | {len(examples) / sum(seconds['hellaswag.py']):.2f} examples/s "
+        f"| transformers one by one {len(examples) / sum(seconds['plain']):.2f} examples/s "
+        f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
+        f"| {plain_count / here_count:.2f} by multiplications alone, "
+        f"{num_equal} of {len(plain)} predictions equal |"
     )
 
 

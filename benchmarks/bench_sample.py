@@ -1,14 +1,16 @@
 """
-Tokens per second of sample.py against transformers' generate with its cache, on the same random GPT-2.
+Compare the tokens per second of sample.py and of transformers' generate, on the same random GPT-2.
 
-    python benchmarks/bench_sample.py                                   # 124M, float32; 2 minutes on two CPU cores
+    python benchmarks/bench_sample.py                       # 124M, float32; 2 minutes on two cores
+    python benchmarks/bench_sample.py --dtype bfloat16
     python benchmarks/bench_sample.py --device cuda --dtype bfloat16 --batch_sizes 1 4 64
     python benchmarks/bench_sample.py --n_layer 24 --n_head 16 --n_embd 1024     # GPT-2 medium
 
-Both take the likeliest token, the end-of-text token does not stop them, and they take turns. Prints medians over
-the rounds, the ratio round by round, and the share of the limit that the memory sets: a step has to read all
-weights once and the keys and values of all samples, the time for which follows from the bandwidth measured here
-(the sum of a large tensor).
+Both use a key/value cache, always take the most likely token, and ignore the end-of-text token.
+They take turns, so that other programs on the machine slow both of them down. Printed are medians
+over the rounds, the ratio of each round, and the fraction of the limit that memory sets: a step has
+to read all weights, and the keys and values of all samples. The memory bandwidth is measured here,
+as the speed of the sum of a large tensor.
 """
 
 import argparse
@@ -22,20 +24,21 @@ from functools import partial
 import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import sample  # noqa: E402
+import sample  # noqa: E402 (found through the line above)
 
 HEADER = "| what | here | peer | ratio (range) | of the limit |\n|---|---|---|---|---|"
 
 
-def wait(device):
-    """Let the device finish what it has been given."""
+def synchronize(device):
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def bandwidth(device):
-    """Bytes a second that a sum reads: the best of ten, over 800 MB."""
-    x, seconds = torch.ones(200_000_000, device=device), []
+def measure_bandwidth(device):
+    """Return how many bytes per second the sum of a large tensor reads, the best of ten tries."""
+    x = torch.ones(200_000_000, device=device)  # 800 MB
+    seconds = []
     for _ in range(10):
         start = time.perf_counter()
         x.sum().item()  # waits for the result
@@ -43,75 +46,126 @@ def bandwidth(device):
     return x.nbytes / min(seconds)
 
 
-def main():
+class Sampler:
+    """Greedy sampling with sample.py."""
+
+    def __init__(self, directory, device, dtype):
+        self.model = sample.GPT.from_pretrained(directory, device, dtype)
+
+    def run(self, prompt_tokens, num_samples, max_new_tokens):
+        """Return the new tokens (num_samples, max_new_tokens)."""
+        greedy = partial(sample.sample_token, temperature=0)
+        steps = sample.generate(self.model, prompt_tokens, num_samples, max_new_tokens, greedy)
+        return torch.stack(list(steps), dim=1)
+
+
+class TransformersSampler:
+    """Greedy sampling with transformers' generate."""
+
+    def __init__(self, model):
+        self.model = model
+        self.model.generation_config.eos_token_id = None  # never stop early
+
+    def run(self, prompt_tokens, num_samples, max_new_tokens):
+        """Return the new tokens (num_samples, max_new_tokens)."""
+        prompt = torch.tensor([prompt_tokens], device=self.model.device)
+        idx = prompt.expand(num_samples, -1)
+        output = self.model.generate(
+            idx,
+            attention_mask=torch.ones_like(idx),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=0,
+        )
+        return output[:, len(prompt_tokens) :]
+
+
+def get_args():
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in (("n_layer", 12), ("n_head", 12), ("n_embd", 768)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"of the model ({default})")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4], help="samples side by side (1 4)")
-    parser.add_argument("--prompt_tokens", type=int, default=32, help="random tokens before the new ones (32)")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens a sample (128)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after one that warms up (5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (auto)")
-    parser.add_argument("--dtype", choices=list(sample.DTYPES), default="float32", help="of the weights (float32)")
-    args = parser.parse_args()
-    import transformers
+    parser.add_argument("--n_layer", type=int, default=12, help="number of layers (default: 12)")
+    parser.add_argument("--n_head", type=int, default=12, help="number of heads (default: 12)")
+    parser.add_argument("--n_embd", type=int, default=768, help="channels (default: 768)")
+    parser.add_argument(
+        "--batch_sizes",
+        type=int,
+        nargs="+",
+        default=[1, 4],
+        help="numbers of samples in parallel to measure (default: 1 4)",
+    )
+    parser.add_argument("--prompt_tokens", type=int, default=32, help="length of the random prompt (default: 32)")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="new tokens per sample (default: 128)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one to warm up (default: 5)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    parser.add_argument(
+        "--dtype",
+        choices=list(sample.DTYPES),
+        default="float32",
+        help="dtype of both models (default: float32)",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = get_args()
+    import transformers  # imported here because it is slow
 
     transformers.utils.logging.disable_progress_bar()
-    device, dtype = sample.pick_device(args.device), sample.DTYPES[args.dtype]
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as sample.py does
+    device = sample.pick_device(args.device)
+    dtype = sample.DTYPES[args.dtype]
+
+    # Both models have the same random weights.
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-    theirs = transformers.GPT2LMHeadModel(config).eval()
+    peer_model = transformers.GPT2LMHeadModel(config).eval()
     with tempfile.TemporaryDirectory() as directory:
-        theirs.save_pretrained(directory)
-        ours = {B: sample.GPT(directory, device, dtype) for B in args.batch_sizes}
-    for B in args.batch_sizes:
-        if B > 1:
-            ours[B].pack()
-    theirs.to(device, dtype).generation_config.eos_token_id = None
-    prompt = torch.randint(config.vocab_size, (1, args.prompt_tokens), device=device)
-    pick, ids = partial(sample.choose, temperature=0), prompt[0].tolist()
+        peer_model.save_pretrained(directory)
+        samplers = {"sample.py": Sampler(directory, device, dtype)}
+    samplers["transformers"] = TransformersSampler(peer_model.to(device, dtype))
+    prompt_tokens = torch.randint(config.vocab_size, (args.prompt_tokens,)).tolist()
 
-    def run_ours(B):
-        return torch.stack([*sample.generate(ours[B], ids, B, args.max_new_tokens, pick)], dim=1)
-
-    def run_theirs(B):
-        idx = prompt.expand(B, -1)
-        flags = dict(do_sample=False, max_new_tokens=args.max_new_tokens, pad_token_id=config.eos_token_id)
-        return theirs.generate(idx, attention_mask=torch.ones_like(idx), **flags)[:, args.prompt_tokens :]
-
-    rates = {(name, B): [] for B in args.batch_sizes for name in ("ours", "theirs")}
-    same, speeds = {B: True for B in args.batch_sizes}, [bandwidth(device)]
+    # Rounds: every contestant once for each batch size. Round 0 warms up.
+    rates = {(name, B): [] for B in args.batch_sizes for name in samplers}
+    is_equal = dict.fromkeys(args.batch_sizes, True)
+    bandwidth = measure_bandwidth(device)
     for i in range(args.rounds + 1):
         for B in args.batch_sizes:
             tokens = {}
-            for name, run in (("ours", run_ours), ("theirs", run_theirs)):
-                wait(device)
+            for name, sampler in samplers.items():
+                synchronize(device)
                 start = time.perf_counter()
-                tokens[name] = run(B)
-                wait(device)
-                if i:
-                    rates[name, B].append(B * args.max_new_tokens / (time.perf_counter() - start))
-            same[B] &= torch.equal(tokens["ours"], tokens["theirs"])
-        speeds.append(bandwidth(device))
+                tokens[name] = sampler.run(prompt_tokens, B, args.max_new_tokens)
+                synchronize(device)
+                seconds = time.perf_counter() - start
+                if i > 0:
+                    rates[name, B].append(B * args.max_new_tokens / seconds)
+            if not torch.equal(tokens["sample.py"], tokens["transformers"]):
+                is_equal[B] = False
+        bandwidth = max(bandwidth, measure_bandwidth(device))
 
-    parameters = theirs.num_parameters() - theirs.transformer.wpe.weight.numel()
+    # The table.
+    num_parameters = peer_model.num_parameters()
+    read_per_step = num_parameters - peer_model.transformer.wpe.weight.numel()
     mean_length = args.prompt_tokens + args.max_new_tokens / 2
-    limit = max(speeds)
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, {device}, "
         f"{torch.get_num_threads()} threads, {args.prompt_tokens} + {args.max_new_tokens} tokens, "
         f"medians of {args.rounds} rounds, tokens of all samples together\n\n{HEADER}"
     )
     for B in args.batch_sizes:
-        mine, other = (statistics.median(rates[name, B]) for name in ("ours", "theirs"))
-        ratios = [a / b for a, b in zip(rates["ours", B], rates["theirs", B], strict=True)]
+        ours = statistics.median(rates["sample.py", B])
+        peers = statistics.median(rates["transformers", B])
+        ratios = [a / b for a, b in zip(rates["sample.py", B], rates["transformers", B], strict=True)]
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        cached = 2 * B * args.n_layer * args.n_embd * mean_length  # numbers that a step reads from the cache
-        share = (parameters + cached) * dtype.itemsize * mine / B / limit
-        what = f"sampling, {theirs.num_parameters() / 1e6:.0f}M, B={B}, {args.dtype}"
+        cached = 2 * B * args.n_layer * args.n_embd * mean_length  # keys and values read per step
+        bytes_per_step = (read_per_step + cached) * dtype.itemsize
+        fraction = bytes_per_step * (ours / B) / bandwidth
         print(
-            f"| {what} | {mine:,.1f} tokens/s | transformers' generate {other:,.1f} tokens/s | {ratio} | "
-            f"{share:.0%} of the memory's {limit / 1e9:.1f} GB/s, ids {'equal' if same[B] else 'DIFFER'} |"
+            f"| sampling, {num_parameters / 1e6:.0f}M, B={B}, {args.dtype} "
+            f"| {ours:,.1f} tokens/s | transformers' generate {peers:,.1f} tokens/s | {ratio} "
+            f"| {fraction:.0%} of the memory's {bandwidth / 1e9:.1f} GB/s, "
+            f"tokens {'equal' if is_equal[B] else 'DIFFER'} |"
         )
 
 
