@@ -10,6 +10,7 @@ import transformers
 from conftest import load, random_gpt2
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 train_gpt2 = load("train_gpt2")
 GPT = train_gpt2.GPT
@@ -479,6 +480,16 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_singular_ve
     assert (rotated - torch.diag_embed(diagonal)).abs().max() < 1e-3
     assert diagonal.min() > 0.5
     assert diagonal.max() < 1.3
+
+
+def test_orthogonalize_computes_as_much_for_a_tall_matrix_as_for_a_wide_one():
+    """The smaller of the two products x x^T and x^T x is enough."""
+    counts = []
+    for shape in ((1, 24, 80), (1, 80, 24)):
+        with FlopCounterMode(display=False) as counter:
+            train_gpt2.orthogonalize(torch.randn(shape))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 5 * 2 * (24 * 24 * 80 + 24 * 24 * 24 + 24 * 24 * 80)
 
 
 def split_matrices(blocks):
