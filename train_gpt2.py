@@ -12,13 +12,17 @@ Lesson 3: pre-train GPT-2 (124M to 1.6B parameters) on a CPU, one GPU or many GP
 
 Reads the token shards of --data_dir. Writes to --log_dir: log.txt with one "step kind value" line per
 metric, run.json with the flags, and checkpoints step_NNNNNN/, which transformers'
-AutoModelForCausalLM.from_pretrained loads. The data order depends only on the seed and the step, not on
-the number of processes.
+AutoModelForCausalLM.from_pretrained loads. The kinds of metrics are train, val, hella (HellaSwag), lr,
+norm, tok/s and skipped (number of float16 steps skipped so far). A step sees the same tokens on any
+number of processes.
 
-The loss at step 0 is about ln(vocab_size) + n_embd * 0.02^2 / 2: 10.98 for GPT-2 124M, 5.58 for
---preset shakespeare. Expect a validation loss of about 3.29 on FineWeb-Edu after 19,073 steps.
+The loss at step 0 is about ln(vocab_size) + n_embd * 0.02^2 / 2 (half the variance of the logits):
+10.98 for GPT-2 124M, 5.58 for --preset shakespeare. Expect a validation loss of about 3.29 on
+FineWeb-Edu after 19,073 steps, and SHAKESPEARE_LOSS nats per byte with --preset shakespeare, in
+SHAKESPEARE_TIME on two CPU cores.
 
-Sections: model, data, optimizer, evaluation, run directory, command line, setup, training loop.
+Sections: model, data, optimizer, evaluation, run directory, resuming,
+stopping, command line, setup, reporting, training loop.
 In a hurry, read main() at the end.
 """
 
@@ -61,7 +65,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.attn_dropout = config.dropout
+        self.resid_dropout = nn.Dropout(config.dropout)
         # one matmul computes the queries, keys and values of all heads
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         # mixes the outputs of the heads
@@ -78,10 +83,10 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         # softmax(q k^T / sqrt(hs)) v with the future masked out. The fused kernel (FlashAttention) never
         # stores the (T, T) attention matrix, which makes it several times faster than separate matmuls.
-        dropout_p = self.dropout if self.training else 0.0
+        dropout_p = self.attn_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C): concatenate the heads
-        return F.dropout(self.c_proj(y), dropout_p)
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -91,13 +96,13 @@ class MLP(nn.Module):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, n_inner)
-        self.activation = ACTIVATIONS[config.activation_function]  # GPT-2: GELU, approximated with tanh
+        self.activation = ACTIVATIONS[config.activation_function]  # defined below; GPT-2 has GELU
         self.c_proj = nn.Linear(n_inner, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C) -> (B, T, n_inner) -> (B, T, C)
         x = self.activation(self.c_fc(x))
-        return self.dropout(self.c_proj(x))
+        return self.resid_dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
@@ -120,7 +125,7 @@ class Block(nn.Module):
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT-2. The defaults are those of the 124M model."""
+    """Hyperparameters of a GPT-2. The defaults are those of the 124M model."""
 
     vocab_size: int = 50257
     block_size: int = 1024  # maximum sequence length (n_positions in Hugging Face configs)
@@ -137,13 +142,13 @@ class GPTConfig:
 def cross_entropy(logits, targets):
     """Return the mean cross-entropy in nats of logits (N, V) and targets (N,), computed in float32.
 
-    The same as F.cross_entropy(logits.float(), targets), a few rows at a time on CPUs: the C library returns
-    tensors of more than 32 MiB to the operating system when they are freed. Getting the memory back, page by
-    page, takes several times as long as the computation. A GPU's memory is reused, so one chunk is best there.
+    Equals F.cross_entropy(logits.float(), targets). On CPUs it works on a few rows at a time, because the C
+    library gives tensors above 32 MiB back to the operating system when they are freed, and getting that memory
+    again, page by page, takes several times as long as the computation. GPUs reuse their memory: one chunk is best.
     """
     chunk_size = len(logits)
     if logits.device.type == "cpu":
-        chunk_size = max(1, 2**22 // logits.shape[1])  # rows of 16 MiB in float32
+        chunk_size = max(1, 2**22 // logits.shape[1])  # as many rows as fit into 16 MiB in float32
     loss = 0.0
     for chunk, chunk_targets in zip(logits.split(chunk_size), targets.split(chunk_size), strict=True):
         loss = loss + F.cross_entropy(chunk.float(), chunk_targets, reduction="sum")
@@ -175,7 +180,10 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Initialize matrices and embeddings from N(0, 0.02) and biases with zeros, as GPT-2 does."""
+        """Initialize weights with standard deviation 0.02 and biases with zeros.
+
+        As in GPT-2, except that OpenAI's code uses 0.01 for the position embedding.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 # Each block adds two such projections to the residual stream. Scaling them down keeps
@@ -192,7 +200,7 @@ class GPT(nn.Module):
         """Compute logits, or the loss if targets are given, for token ids idx (B, T).
 
         Returns (logits, None) with logits (B, T, vocab_size), or (None, loss) with the mean cross-entropy
-        in nats over targets (B, T). Training never needs both, and the logits are the largest tensor.
+        in nats over targets (B, T). Training needs the loss only, and the logits are the largest tensor.
         """
         # embed the tokens and their positions
         T = idx.shape[1]
@@ -230,8 +238,8 @@ class GPT(nn.Module):
     def num_params(self):
         """Number of parameters without the vocabulary padding: 124,439,808 for the default config."""
         num_padding_rows = self.wte.num_embeddings - self.config.vocab_size
-        num_padded = sum(parameter.numel() for parameter in self.parameters())
-        return num_padded - num_padding_rows * self.config.n_embd
+        num_with_padding = sum(parameter.numel() for parameter in self.parameters())
+        return num_with_padding - num_padding_rows * self.config.n_embd
 
     def save_pretrained(self, directory):
         """Write model.safetensors and config.json as transformers' GPT2LMHeadModel does, in float32."""
@@ -270,7 +278,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, block_size=None, dropout=None):
-        """Load a GPT-2: a checkpoint, a run directory (its newest checkpoint), or a model of the Hub.
+        """Load a GPT-2 from a checkpoint, the newest checkpoint of a run directory, or the Hugging Face Hub.
 
         block_size may be smaller than the model's, which crops the position embeddings; dropout replaces
         the stored value. Raises ValueError if there is no such model, or it is not a supported GPT-2.
@@ -300,6 +308,7 @@ class GPT(nn.Module):
         # Add the padding rows, which the files do not contain, and drop the positions beyond block_size.
         padding = model.wte.weight[config.vocab_size :].detach()
         weights["wte.weight"] = torch.cat((weights["wte.weight"].float(), padding))
+        # (load_state_dict reports a missing or misshapen wpe.weight.)
         if "wpe.weight" in weights and weights["wpe.weight"].shape[:1] == (saved["n_positions"],):
             weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
         try:
@@ -603,14 +612,13 @@ def read_data_set(data_dir):
 
     # Compare each shard with its description, and look for impossible token ids, which a wrong tokenizer or
     # a damaged file causes. 64M tokens are enough for that: start-up must be fast.
-    present = set(names)
     probe_size = max(1024, 2**26 // max(1, len(meta["shards"])))  # tokens per shard
     digest = hashlib.sha256(f"{meta['tokenizer']} {meta.get('source')}".encode())
     for shard in meta["shards"]:
         if split_of(shard["file"]) is None:
             continue
         path = os.path.join(data_dir, shard["file"])
-        if shard["file"] not in present:
+        if shard["file"] not in names:
             raise ValueError(f"{path} is missing, but meta.json lists it: regenerate the shards")
         tokens = load_shard(path)
         if shard.setdefault("tokens", len(tokens)) != len(tokens):
@@ -648,9 +656,10 @@ class TokenDataset:
     """One split of a data set, cut into windows of block_size + 1 tokens, in a reproducible order.
 
     A window holds block_size inputs and their targets, the same tokens shifted by one. Windows tile a shard:
-    consecutive windows share one token, so every token except a shard's first is a target exactly once per
-    epoch. An epoch visits the shards, and the windows of each shard, in a random order seeded with
-    (seed, epoch), or in file order without shuffle. A window's place depends on its index alone, which
+    consecutive windows share one token, so every token is a target exactly once per epoch, except a shard's
+    first token and those at its end that do not fill a window. An epoch visits the shards, and the windows of
+    each shard, in a random order that follows from the seed and the epoch, or in file order without shuffle.
+    A window's place depends on its index alone, which
     is counted from the start of training, so that a resumed run sees the same data on any number of
     processes. Memory: O(number of shards), plus one shard's permutation.
 
@@ -699,7 +708,7 @@ class TokenDataset:
     def locate(self, index):
         """Return (shard number, offset of the first token) of the window with this index."""
         epoch, index = divmod(index, self.num_windows)
-        # the order of the shards in this epoch, which most calls find as the last call left it
+        # compute the order of the shards once per epoch
         if epoch != self.epoch:
             order = np.arange(len(self.paths))
             if self.shuffle:
@@ -707,10 +716,10 @@ class TokenDataset:
             self.epoch = epoch
             self.shard_order = order
             self.shard_ends = np.cumsum(self.windows_per_shard[order])  # windows up to each shard's end
-        # the shard that contains the index-th window of the epoch, then the window in that shard
-        place = int(np.searchsorted(self.shard_ends, index, side="right"))
-        shard = int(self.shard_order[place])
-        window = index - int(self.shard_ends[place] - self.windows_per_shard[shard])
+        # find the shard that contains the index-th window of the epoch, then the window's number in that shard
+        position = int(np.searchsorted(self.shard_ends, index, side="right"))
+        shard = int(self.shard_order[position])
+        window = index - int(self.shard_ends[position] - self.windows_per_shard[shard])
         if self.shuffle:
             window = int(self.shuffled_windows(epoch, shard)[window])
         return shard, window * self.block_size
@@ -770,7 +779,7 @@ class TokenDataset:
 
 
 def to_device(tensor, device):
-    """Copy a tensor to the device; to a GPU asynchronously, while it computes something else."""
+    """Copy a tensor to the device; to a GPU asynchronously, so that the copy overlaps with computation."""
     if device.type == "cuda":
         # Only copies from pinned memory are asynchronous, and pinning needs a contiguous tensor.
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)
@@ -827,9 +836,9 @@ def get_lr(step, learning_rate, warmup_steps, max_steps):
 def get_linear_lr(step, learning_rate, warmup_steps, max_steps):
     """Return the learning rate of a step: linear warmup, constant, then linear decay to zero.
 
-    The decay takes the last 60 % of the steps, as in modded-nanogpt's recipes for Muon.
+    The decay takes the last 60% of the steps, as in modded-nanogpt's recipes for Muon.
     """
-    # factors that reach 1 at the end of the warmup, and leave 1 at the beginning of the decay
+    # warmup rises to 1 at the end of the warmup; decay falls below 1 in the last 60% of the steps
     warmup = (step + 1) / max(1, warmup_steps)
     decay = (max_steps - step) / (0.6 * max_steps)
     return learning_rate * min(1.0, warmup, decay)
@@ -843,9 +852,9 @@ class Muon(torch.optim.Optimizer):
 
     The update of a weight matrix is usually dominated by a few directions. Muon replaces it by the nearest
     matrix whose singular values are all about 1, so that rare directions are learned as fast as common ones.
-    It is meant for the weight matrices of the blocks only. Embeddings, biases and norms need AdamW: their
-    updates have no such structure. c_attn holds three matrices, those of the queries, keys and
-    values, which are orthogonalized separately, because they have no directions in common.
+    It is meant for the weight matrices of the blocks only. Embeddings are lookup tables, whose rows are
+    updated independently, and biases and norms are vectors: AdamW optimizes them. c_attn stacks three layers,
+    for queries, keys and values, so each of them is orthogonalized by itself.
 
     Matrices of equal shape are stacked and orthogonalized together. With several ranks each rank
     orthogonalizes its part of every stack, and the results are gathered, so that all ranks make the same
@@ -899,7 +908,7 @@ class Muon(torch.optim.Optimizer):
         """Return orthogonalize(matrices), matrices (N, m, n), with the work shared by all ranks."""
         if self.world_size == 1:
             return orthogonalize(matrices)
-        # Each rank takes an equal number of matrices; zeros fill up the last rank's part.
+        # Each rank takes an equal number of matrices; zero matrices pad the stack.
         per_rank = math.ceil(len(matrices) / self.world_size)
         padding = per_rank * self.world_size - len(matrices)
         padded = torch.cat((matrices, matrices.new_zeros(padding, *matrices.shape[1:])))
@@ -910,7 +919,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x):
-    """Orthogonalize matrices x (N, m, n) approximately: all singular values end up between 0.7 and 1.2.
+    """Orthogonalize matrices x (N, m, n) approximately: nearly all singular values end up between 0.7 and 1.2.
 
     Five quintic Newton-Schulz iterations. Their coefficients are chosen to raise small singular values
     quickly rather than to converge exactly (Jordan et al., 2024). On GPUs they run in bfloat16, which is
@@ -922,7 +931,7 @@ def orthogonalize(x):
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
-    # the iteration needs singular values of at most 1, and the norm is at least the largest of them
+    # the iteration needs singular values of at most 1, and none of them is larger than the Frobenius norm
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
@@ -932,11 +941,21 @@ def orthogonalize(x):
     return x.mT if is_tall else x
 
 
+# The state that each optimizer keeps per parameter, which checkpoints contain.
+OPTIMIZER_STATE = {
+    "Muon": {"momentum"},
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+}
+
+
 def configure_optimizers(model, optimizer, learning_rate, weight_decay, device, rank=0, world_size=1):
     """Return the list of optimizers: [AdamW], or [Muon, AdamW] with Muon for the matrices of the blocks.
 
     AdamW has the settings of GPT-3. Biases and layer norms are not decayed: they have few parameters, and
-    pulling them to zero would only limit what the model can express.
+    pulling them to zero would only limit what the model can express. All groups get the learning rate of the
+    schedule in each step, in update_parameters.
+
+    To add an optimizer, extend this function, --optimizer in parse_args, and OPTIMIZER_STATE.
     """
     optimizers = []
     # Muon takes the matrices of the blocks
@@ -958,7 +977,7 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, device, 
 
 
 def clip_gradients(model, optimizers, scaler, grad_clip):
-    """Clip the norm of all gradients together to grad_clip. Returns the norm before clipping, a tensor."""
+    """Scale all gradients down together if their norm is above grad_clip. Returns the norm before, a tensor."""
     # float16 only: divide the gradients by the factor that the loss was multiplied with
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
@@ -967,8 +986,8 @@ def clip_gradients(model, optimizers, scaler, grad_clip):
 
 def update_parameters(optimizers, scaler, lr, norm):
     """Let the optimizers make one step with learning rate lr."""
-    # If a gradient overflowed in float16, no parameter moves, and the scaler halves its factor. Reading the
-    # norm waits for the device; the other dtypes do not wait here.
+    # If a gradient overflowed in float16, no parameter moves, and the scaler halves its factor. scaler.step alone
+    # would skip one optimizer and not the other. Reading the norm waits for the device; other dtypes do not wait.
     skip = scaler.is_enabled() and not math.isfinite(norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -981,11 +1000,11 @@ def update_parameters(optimizers, scaler, lr, norm):
 # ----------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(model, raw_model, dataset, val_tokens, batch_size, rank, world_size, device, autocast, stop):
-    """Return the mean loss in nats over the first val_tokens of a split, shared by all ranks.
+    """Return the mean loss in nats over the first val_tokens of a split, computed by all ranks together.
 
-    The windows do not depend on the world size. model may be compiled: it gets whole batches only, because
+    The windows do not depend on the world size. model may be compiled: it gets full batches only, because
     it would be compiled again for another size; raw_model takes a smaller last batch. If a stop is
-    requested, the value means nothing, and the caller must discard it.
+    requested meanwhile, the result is incomplete: discard it.
     """
     raw_model.eval()
     dataset.check_open_shards()
@@ -1033,8 +1052,8 @@ def load_hellaswag(path, block_size):
     return data
 
 
-# cuDNN's attention is the fastest one for training, but plans anew for each sequence length, which takes
-# longer than computing it. Where the length changes all the time, these kernels are faster.
+# cuDNN's attention is the fastest one for training, but it builds a new plan for each sequence length, which takes
+# longer than the attention itself. HellaSwag and samples have many lengths, for which these kernels are faster.
 ANY_LENGTH_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -1044,13 +1063,13 @@ def evaluate_hellaswag(model, data, micro_batch_size, rank, world_size, device, 
 
     Each example has a context and four endings, one of them correct. The model's choice is the ending with
     the lowest mean loss per token; acc_norm is the fraction of examples with the correct choice. hellaswag.py
-    explains it with an example. data is the dict of load_hellaswag. Batches are at most as large as a
-    training micro-batch, and 32 examples.
-    If a stop is requested, the value means nothing, and the caller must discard it.
+    explains it with an example. data is the dict of load_hellaswag. Batches have at most 32
+    examples, and no more tokens than a training micro-batch.
+    If a stop is requested meanwhile, the result is incomplete: discard it.
     """
     model.eval()
     block_size = model.config.block_size
-    batch_size = micro_batch_size * block_size // (4 * int(data["length"].max()))  # examples
+    batch_size = micro_batch_size * block_size // (4 * int(data["length"].max()))  # examples of 4 endings each
     batch_size = max(1, min(32, batch_size))
     num_correct = torch.zeros((), device=device)
     for first in range(rank * batch_size, len(data["label"]), world_size * batch_size):
@@ -1086,11 +1105,12 @@ def evaluate_hellaswag(model, data, micro_batch_size, rank, world_size, device, 
 def generate_samples(model, enc, args, device, autocast, rank, val_loss):
     """Return two continuations of args.prompt as printable text.
 
-    There are none without a tokenizer, on ranks above 0, and from a model whose val_loss is not finite. Uses
-    its own random generator, so sampling does not affect training.
+    Returns no samples on ranks other than 0, without a tokenizer, or if val_loss is not finite. Uses its own
+    random generator, so sampling does not affect training.
     """
     if enc is None or rank != 0 or not math.isfinite(val_loss):
         return []
+    # an empty prompt becomes <|endoftext|>, which starts every document
     tokens = enc.encode_ordinary(args.prompt) or [enc.eot_token]
     idx = torch.tensor([tokens, tokens], device=device)  # (2, T)
     generator = torch.Generator(device).manual_seed(42)
@@ -1106,8 +1126,9 @@ def generate_samples(model, enc, args, device, autocast, rank, val_loss):
 
 
 # -------------------------------------------------------------------------------- run directory
-# These flags, and the data, decide what the model becomes: a resumed run must have the same values. The other
-# flags may change. --dtype changes the result slightly; it may change after a warning.
+# A resumed run must have the same data and the same values of these flags (exceptions: check_same_settings).
+# --dtype, --micro_batch_size, --device, --compile and the number of processes may change. They change the result
+# by rounding only, and with --dropout by other dropout masks. All other flags do not affect the weights.
 RESULT_FLAGS = (
     "seed",
     "shuffle",
@@ -1125,7 +1146,7 @@ RESULT_FLAGS = (
     "weight_decay",
     "grad_clip",
 )
-CHECKPOINT_FORMAT = 2  # changes when older checkpoints cannot be resumed
+CHECKPOINT_FORMAT = 2  # increase it when older checkpoints can no longer be resumed
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # as on Lustre without flock, and on some network disks
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # what Python, torch.save and save_file raise on a full disk
 
@@ -1142,16 +1163,17 @@ class RunDirectory:
         self.path = path
         self.lock = None
         self.log_file = None  # open on rank 0 only
-        self.saved_step = None  # step of the newest checkpoint
+        self.saved_step = None  # the last saved step, or the first step of this run
         self.tokenizer_files = {}  # {name: content} that checkpoints contain besides the model
 
     def acquire(self):
-        """Lock the directory until this process ends, and try whether checkpoints can be saved in it.
+        """Lock the directory until this process ends, and check that checkpoints can be saved in it.
 
         The operating system releases the lock of a killed process. Raises UserError.
         """
         try:
             os.makedirs(self.path, exist_ok=True)
+            # a soft lock, which is only a file, would survive a crash and block --resume
             self.lock = filelock.FileLock(f"{self.path}/lock", fallback_to_soft=False)
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -1164,7 +1186,7 @@ class RunDirectory:
                     f"cannot write to --log_dir {self.path} ({error.strerror}): choose another --log_dir"
                 ) from None
             warn(f"the file system of --log_dir {self.path} has no locks: start only one run in it")
-        # Save something now: an unusable directory must not be noticed only at the first checkpoint.
+        # Find out now, not at the first checkpoint, whether files can be written and directories renamed.
         try:
             self.remove_incomplete()
             temporary = f"{self.path}/tmp_step_test"
@@ -1186,7 +1208,10 @@ class RunDirectory:
         return [f"{self.path}/{name}" for name in sorted(names, key=step_of)]
 
     def set_aside_after(self, step):
-        """Rename the checkpoints of later steps to former_step_NNNNNN: the run takes another way from here."""
+        """Rename the checkpoints after this step to former_step_NNNNNN, because the run continues differently.
+
+        To resume one of them, rename it back.
+        """
         for path in self.checkpoints():
             if step_of(path) > step:
                 former = f"{self.path}/former_{os.path.basename(path)}"
@@ -1210,7 +1235,7 @@ class RunDirectory:
 
         Returns a note for the header if checkpoints will lack the tokenizer's files, otherwise None.
         """
-        # where a resumed run starts, there is a checkpoint
+        # A resumed run has a checkpoint of this step, and a new run has nothing to save yet.
         self.saved_step = step
         # run.json is for plot.py and for people
         run = {**vars(args), "tokenizer": data_set["tokenizer"], "source": data_set["source"]}
@@ -1232,20 +1257,20 @@ class RunDirectory:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(f"{path} is not a regular file")
         # the lines of steps that are done; a line without a newline at its end was cut by a crash
-        kept = []
+        complete_lines = []
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     if re.fullmatch(r"\d{1,18} \S+ \S+\n", line) and int(line.split()[0]) < step:
-                        kept.append(line)
+                        complete_lines.append(line)
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            file.writelines(kept)
+            file.writelines(complete_lines)
         os.replace(f"{path}.tmp", path)
         # A large buffer holds the lines while the disk is full.
         self.log_file = open(path, "a", buffering=2**24, encoding="utf-8")  # noqa: SIM115, open until the run ends
 
     def log(self, step, metrics):
-        """Append a "step kind value" line for each of the metrics, a dict. On other ranks this does nothing."""
+        """Append a "step kind value" line for each of the metrics, a dict. Does nothing on ranks other than 0."""
         if self.log_file is None:
             return
         try:
@@ -1256,9 +1281,9 @@ class RunDirectory:
             warn(f"cannot write to {self.path}/log.txt ({error.strerror}); training continues")
 
     def save(self, step, model, optimizers, scaler, args):
-        """Save a checkpoint unless this step has one. A failure is reported and does not end the run.
+        """Save a checkpoint if step is later than the last saved step. A failure does not end the run.
 
-        On other ranks than 0 this does nothing.
+        Does nothing on ranks other than 0, which have no open log.
         """
         if self.log_file is None or step <= self.saved_step:
             return
@@ -1284,7 +1309,7 @@ class RunDirectory:
             for name, content in self.tokenizer_files.items():
                 with open(f"{temporary}/{name}", "wb") as file:
                     file.write(content)
-            # 2) what a resumed run needs; the data order and the random numbers follow from the step
+            # 2) what a resumed run needs; the data order and the random numbers follow from the seed and the step
             trainer_state = {
                 "format": CHECKPOINT_FORMAT,
                 "step": step,
@@ -1341,6 +1366,7 @@ def flush_descriptor(descriptor):
         os.close(descriptor)
 
 
+# ------------------------------------------------------------------------------------- resuming
 def choose_checkpoint(run_directory, args):
     """Return the path of the checkpoint to resume from, or None to start from scratch.
 
@@ -1380,8 +1406,8 @@ def choose_checkpoint(run_directory, args):
         damages.append(f"{path} is damaged ({damage})")
     if damages:
         raise UserError(
-            f"{damages[0]}, and there is no earlier checkpoint to use: to start from its weights, pass it to "
-            "--init_from; to start over, choose another --log_dir"
+            f"{damages[0]}, and there is no earlier checkpoint to try: choose another checkpoint, or another "
+            "--log_dir to start over"
         )
     return None
 
@@ -1392,7 +1418,7 @@ def restart_count():
 
 
 def goes_back(args, checkpoints):
-    """Return whether --resume names a single checkpoint, from which the run takes another way.
+    """Return whether --resume names one checkpoint to go back to, after which the run continues differently.
 
     A process that torchrun or Slurm restarted has gone back already. It continues from the newest checkpoint, if
     there is one.
@@ -1403,7 +1429,10 @@ def goes_back(args, checkpoints):
 
 
 def find_damage(path):
-    """Return in a few words what is wrong with a checkpoint, or None. Loads it completely, as a run would."""
+    """Return in a few words what is wrong with a checkpoint, or None.
+
+    Loads it completely, as a run would: files can match their checksums and still be unusable.
+    """
     # damaged files raise many types of errors
     try:
         checksums = read_json(f"{path}/sha256.json")
@@ -1415,7 +1444,7 @@ def find_damage(path):
         model = GPT.from_pretrained(path)
         trainer_state = load_trainer_state(path)
         load_optimizers(model, trainer_state, torch.device("cpu"), rank=0, world_size=1)
-    except UserError:
+    except UserError:  # the checkpoint of an earlier version is not damaged
         raise
     except Exception as error:
         if is_out_of_memory(error):
@@ -1468,7 +1497,7 @@ def load_optimizers(model, trainer_state, device, rank, world_size):
         parameters = []
         for group in optimizer.param_groups:
             parameters += group["params"]
-        expected = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+        expected = OPTIMIZER_STATE[type(optimizer).__name__]
         if sorted(saved["state"]) not in ([], list(range(len(parameters)))):
             raise ValueError("trainer.pt does not contain the optimizer state of all parameters")
         for number, tensors in saved["state"].items():
@@ -1479,7 +1508,7 @@ def load_optimizers(model, trainer_state, device, rank, world_size):
                 is_dense = tensor.layout == torch.strided and tensor.is_contiguous()
                 if tensor.shape != shape or tensor.dtype != torch.float32 or not is_dense:
                     raise ValueError(f"{name} of the optimizer state has shape {tuple(tensor.shape)}, {tensor.dtype}")
-        # The settings of the groups come from the flags; the learning rate is set in every step.
+        # The settings of the groups (betas, weight decay, ...) are those of this program and its flags.
         optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     return optimizers
 
@@ -1489,27 +1518,29 @@ def check_same_settings(path, trainer_state, args):
     saved_args = trainer_state["args"]
     for name in ("data", *RESULT_FLAGS):
         saved, current = saved_args.get(name), getattr(args, name)
+        # with --init_from, the flags of the shape still have the preset's values
         if saved == current or (args.init_from and name in SHAPE_FLAGS):
             continue
         if name == "max_steps" and args.schedule == "linear" and type(saved) is int:
-            # Until the decay begins, the learning rate does not depend on max_steps.
+            # Until the decay begins after 40% of the steps, the learning rate does not depend on max_steps.
             if trainer_state["step"] <= 0.4 * min(saved, current):
                 continue
-        what = "the data in --data_dir" if name == "data" else f"--{name}"
+        subject = "the data in --data_dir" if name == "data" else f"--{name}"
         advice = "use the same value, or another --log_dir"
         if name == "max_steps":
             advice = (
                 "use the same value; to train longer, choose --schedule linear from the start, whose --max_steps may "
                 "change until the decay begins, or start a new run from this model with --init_from"
             )
-        raise UserError(f"{what} is {current}, but the run in {path} has {saved}: {advice}")
+        raise UserError(f"{subject} is {current}, but the run in {path} has {saved}: {advice}")
 
 
+# ------------------------------------------------------------------------------------- stopping
 class StopRequest:
-    """A request to stop, to save and to end with status 0.
+    """Records a request to stop. The training loop then saves a checkpoint and ends with status 0.
 
-    It comes from SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, from --max_hours, or because torchrun was killed and left its
-    processes behind. A second Ctrl-C ends the process at once.
+    The request comes from SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, from --max_hours, or because torchrun was killed and
+    left its processes behind. A second Ctrl-C ends the process at once.
     """
 
     def __init__(self, max_hours):
@@ -1523,7 +1554,7 @@ class StopRequest:
                 signal.signal(getattr(signal, name), self.handle)
 
     def handle(self, number, frame):
-        """Remember a signal."""
+        """Record a signal."""
         # A second Ctrl-C ends the process. torchrun repeats the first one at once, which does not count.
         now = time.monotonic()
         if number == signal.SIGINT and now > self.first_interrupt + 1:
@@ -1544,8 +1575,9 @@ class StopRequest:
 
 
 # --------------------------------------------------------------------------------- command line
-# Presets set the defaults of flags. Learning rates, batch size (0.5M tokens) and warmup (375M tokens) follow
-# GPT-3 ("Language Models are Few-Shot Learners", 2020, table 2.1 and appendix B).
+# Presets set the defaults of flags. The learning rates and the warmup (375M tokens) of gpt2 to gpt2-xl follow
+# GPT-3 ("Language Models are Few-Shot Learners", 2020, table 2.1 and appendix B). All four use batches of 0.5M
+# tokens; GPT-3 used 1M for its XL model.
 GPT2 = {
     "data_dir": "edu_fineweb10B",
     "n_layer": 12,
@@ -1606,7 +1638,7 @@ PRESETS = {
     "gpt2-fast": GPT2_FAST,
     "shakespeare": SHAKESPEARE,
 }
-SHAPE_FLAGS = ("n_layer", "n_head", "n_embd")  # set by the model if there is an --init_from
+SHAPE_FLAGS = ("n_layer", "n_head", "n_embd")  # with --init_from, these come from the loaded model
 ZERO_ALLOWED = ("seed", "dropout", "warmup_steps", "weight_decay", "keep_checkpoints", "hellaswag_interval")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -1628,13 +1660,13 @@ def report_error(message):
 
 
 def fail(message):
-    """Report a user error that all ranks meet, and exit with status 2. Only rank 0 prints it."""
+    """Report a user error that occurs on every rank, and exit with status 2. Only rank 0 prints it."""
     if os.environ.get("RANK", "0") == "0":
         report_error(message)
     sys.exit(2)
 
 
-def micro_batch_size(text):
+def integer_or_auto(text):
     """Convert the argument of --micro_batch_size: an integer, or None for "auto"."""
     return None if text == "auto" else int(text)
 
@@ -1673,7 +1705,7 @@ def parse_args():
     group.add_argument("--total_batch_size", type=int, help=f"tokens per step, over all processes {preset}")
     group.add_argument(
         "--micro_batch_size",
-        type=micro_batch_size,
+        type=integer_or_auto,
         metavar="N",
         help="sequences per forward pass and process\n(default: auto, as many as fit on a GPU, or a few on a CPU)",
     )
@@ -1714,10 +1746,12 @@ def parse_args():
         nargs="?",
         const="newest",
         metavar="DIR",
-        help="continue from the checkpoint DIR, or, without DIR, from the newest one in --log_dir;\n"
-        "if there is none, start from scratch",
+        help="continue from the checkpoint DIR, or, without DIR, from the newest one in --log_dir, or start from\n"
+        "scratch if there is none; the data and the flags that change the result must be the same as before",
     )
-    group.add_argument("--max_hours", type=float, help="save and stop after this many hours (default: no limit)")
+    group.add_argument(
+        "--max_hours", type=float, help="save and stop after this many hours of training (default: no limit)"
+    )
     group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto, a GPU if there is one)"
     )
@@ -1736,10 +1770,11 @@ def parse_args():
 
 def check_args(args):
     """Return the flags with the preset's values where none is given. Exits on invalid values."""
-    # flags that are not given take their values from the preset
+    # --init_from sets the model size
     for name in SHAPE_FLAGS:
         if args.init_from and getattr(args, name):
             fail(f"--{name} cannot be combined with --init_from, which sets the model size: omit --{name}")
+    # flags that are not given take their values from the preset
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -1751,6 +1786,7 @@ def check_args(args):
             fail(f"--{name} is {value}: it must be 0 or more")
         if name not in ZERO_ALLOWED and not value > 0:
             fail(f"--{name} is {value}: it must be above 0")
+        # larger integers overflow in PyTorch; --grad_clip and --max_hours may be infinite
         if name not in ("grad_clip", "max_hours") and value >= 2**62:
             fail(f"--{name} is {value}: it must be below 2^62")
     # values that do not fit together
@@ -1824,10 +1860,11 @@ def init_distributed(device_name):
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     # one process per GPU
     is_cuda = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
-    if is_cuda and local_rank >= torch.cuda.device_count():
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # on this machine
+    if is_cuda and num_processes > torch.cuda.device_count():
         fail(
-            f"this machine has {torch.cuda.device_count()} GPUs that PyTorch can use, but --nproc_per_node starts "
-            "more processes: use a smaller --nproc_per_node, or --device cpu"
+            f"--nproc_per_node starts {num_processes} processes, but PyTorch can use {torch.cuda.device_count()} GPUs "
+            "here: use a smaller --nproc_per_node, or --device cpu"
         )
     if is_cuda:
         device = torch.device("cuda", local_rank)
@@ -2007,15 +2044,20 @@ def init_optimizers(model, trainer_state, scaler, args, device, rank, world_size
 
 
 def set_micro_batch_size(model, trainer_state, args, device, autocast, world_size):
-    """Set args.micro_batch_size if it is not given, and return the number of micro-steps per step."""
+    """Set args.micro_batch_size if it is not given. Returns grad_accum_steps, the number of micro-steps per step."""
     num_windows = args.total_batch_size // args.block_size // world_size  # per step and rank
     if args.micro_batch_size is None and device.type == "cuda":
         limit = math.gcd(num_windows, 64)  # a power of two; larger ones are not faster
         size = find_micro_batch_size(model, limit, device, autocast, trainer_state is not None)
         size = torch.tensor(size, device=device)
         if world_size > 1:
-            dist.all_reduce(size, op=dist.ReduceOp.MIN)  # GPUs may have different memory
+            dist.all_reduce(size, op=dist.ReduceOp.MIN)  # the GPUs may have different amounts of free memory
         args.micro_batch_size = size.item()
+        if args.micro_batch_size == 0:
+            raise UserError(
+                f"one sequence of --block_size {args.block_size} does not fit into the memory of {device}: "
+                "use a smaller --block_size or model"
+            )
     elif args.micro_batch_size is None:
         limit = 16 if args.block_size < 256 else 4  # larger ones do not fit into the caches of a CPU
         args.micro_batch_size = math.gcd(num_windows, limit)
@@ -2023,15 +2065,16 @@ def set_micro_batch_size(model, trainer_state, args, device, autocast, world_siz
 
 
 def find_micro_batch_size(model, limit, device, autocast, has_optimizer_state):
-    """Return the largest power of two of sequences, at most limit, that leaves 10 % of the GPU memory free.
+    """Return the largest power of two of sequences, at most limit, that leaves 10% of the GPU memory free, or 0.
 
     Each trial runs forward and backward. Memory that other programs use does not count as available.
     """
-    # AdamW's two averages take 8 bytes per parameter, in the first step of a new run.
+    # A new run allocates AdamW's two float32 averages in its first step, 8 bytes per parameter. A resumed run has
+    # them already.
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     optimizer_bytes = 0 if has_optimizer_state else 8 * num_parameters
     free, _ = torch.cuda.mem_get_info(device)
-    available = free + torch.cuda.memory_reserved(device)  # what this process has reserved is its own
+    available = free + torch.cuda.memory_reserved(device)  # this process can use what it has reserved
     # try 1, 2, 4, ... sequences
     best, size = 0, 1
     while size <= limit:
@@ -2047,14 +2090,9 @@ def find_micro_batch_size(model, limit, device, autocast, has_optimizer_state):
             break
         best = size
         size = 2 * size
-    # leave nothing behind
+    # free the gradients and the memory of the trials
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
-    if best == 0:
-        raise UserError(
-            f"one sequence of --block_size {model.config.block_size} does not fit into the memory of {device}: "
-            "use a smaller --block_size or model"
-        )
     return best
 
 
@@ -2073,7 +2111,7 @@ def wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps):
     All share raw_model's weights. raw_model itself is used where lengths vary, because compiled code is made for
     one shape.
     """
-    # torch.compile needs a C++ compiler or Triton; a run also works without
+    # torch.compile needs a C++ compiler or Triton; without them, the model runs uncompiled
     note = None
     if args.compile is None:
         args.compile = device.type == "cuda"
@@ -2120,7 +2158,8 @@ def warm_up_ddp(model, raw_model, args, device, autocast):
 def average_over_ranks(loss, norm, stop_requested, world_size):
     """Return (mean loss, mean gradient norm, whether any rank wants to stop) as numbers, the same on all ranks.
 
-    Reading them is the only time in a step when this process waits for the device (float16 reads the norm, too).
+    Reading them is the only time in a step when this process waits for the device, except that float16 also waits
+    in update_parameters.
     """
     values = torch.stack((loss, norm, torch.full_like(loss, stop_requested))) / world_size
     if world_size > 1:
@@ -2202,9 +2241,9 @@ def print_header(args, raw_model, train_data, val_data, device, world_size, grad
         say(f"resuming at step {step_of(checkpoint)} from {checkpoint}")
 
 
-# -------------------------------------------------------------------------------- training loop
+# ------------------------------------------------------------------------------------- reporting
 class Reporter:
-    """Prints the progress of a run and writes it to log.txt. On other ranks than 0 its methods do nothing."""
+    """Prints the progress of a run and writes it to log.txt. Does nothing on ranks other than 0."""
 
     def __init__(self, run_directory, model, args, device, rank, world_size):
         self.run_directory = run_directory
@@ -2214,7 +2253,7 @@ class Reporter:
         self.flops_per_token = 6 * model.num_params + 12 * args.n_layer * args.n_embd * args.block_size
         self.peak_flops = peak_flops(device, args.dtype, world_size)
         self.first_step = None
-        self.first_step_end = None  # in seconds
+        self.first_step_end = None  # time when it ended
         self.skipped_steps = 0
 
     def validation(self, step, val_loss, samples):
@@ -2248,7 +2287,7 @@ class Reporter:
             "tok/s": f"{tokens_per_second:.1f}",
         }
         self.run_directory.log(step, metrics)
-        time_left = self.time_left(step, dt)
+        time_left = self.time_left(step, dt)  # in each step, because it remembers the first one
         if step % self.args.log_interval:
             return
         mfu = ""  # model FLOPs utilization, the fraction of the GPUs' peak that is used
@@ -2281,7 +2320,10 @@ def stop_at_bad_loss(step, loss, norm, loader, grad_accum_steps):
             for index in loader.indices(micro_step):
                 shard, offset = loader.dataset.locate(index)
                 places.append((loader.dataset.paths[shard], offset))
-        warn(f"step {step}, rank {loader.rank}: loss {loss}, norm {norm} on (shard, offset) {places}")
+        report_error(
+            f"step {step}, rank {loader.rank}: loss {loss}, norm {norm} on (shard, offset) {places}: inspect this "
+            "data, or start a new run from the newest checkpoint with --init_from and a lower --learning_rate"
+        )
     sys.exit(1)
 
 
@@ -2297,7 +2339,9 @@ def finish(run_directory, step, stop, stopping, rank, world_size):
         sys.exit(1)
 
 
+# -------------------------------------------------------------------------------- training loop
 def main():
+    """Train: in each step save and evaluate if it is due, accumulate gradients, update the model, report."""
     args = parse_args()
     rank, world_size, device = init_distributed(args.device)
     check_batch_size(args, world_size)
@@ -2306,23 +2350,23 @@ def main():
     data_set = on_rank_0(read_data_set, args.data_dir)
     train_data = TokenDataset(args.data_dir, "train", data_set, args.block_size, args.seed, args.shuffle)
     val_data = TokenDataset(args.data_dir, "val", data_set, args.block_size, args.seed, shuffle=False)
-    hellaswag, no_hellaswag = on_rank_0(open_hellaswag, args, data_set)
+    hellaswag, hellaswag_note = on_rank_0(open_hellaswag, args, data_set)
     run_directory = RunDirectory(args.log_dir)
     checkpoint = on_rank_0(open_run_directory, run_directory, args)
 
     # The model and the optimizers, new or from the checkpoint, then torch.compile and DDP around the model.
     torch.manual_seed(args.seed)  # the same on all ranks: they start from the same weights
     raw_model, trainer_state = init_model(args, data_set, checkpoint, device)
-    autocast, scaler, dtype_reason = init_precision(args, trainer_state, device)
+    autocast, scaler, dtype_note = init_precision(args, trainer_state, device)
     optimizers, start_step = init_optimizers(raw_model, trainer_state, scaler, args, device, rank, world_size)
     grad_accum_steps = set_micro_batch_size(raw_model, trainer_state, args, device, autocast, world_size)
-    model, eval_model, no_compile = wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps)
+    model, eval_model, compile_note = wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps)
 
     # Rank 0 opens the log and prints what is about to run.
-    enc, no_samples = open_tokenizer(data_set["tokenizer"])
-    no_tokenizer_files = on_rank_0(run_directory.start, start_step, args, data_set)
+    enc, samples_note = open_tokenizer(data_set["tokenizer"])
+    tokenizer_note = on_rank_0(run_directory.start, start_step, args, data_set)
     if rank == 0:
-        notes = [dtype_reason, no_compile, no_samples, no_hellaswag, no_tokenizer_files]
+        notes = [dtype_note, compile_note, samples_note, hellaswag_note, tokenizer_note]
         print_header(args, raw_model, train_data, val_data, device, world_size, grad_accum_steps, notes, checkpoint)
     reporter = Reporter(run_directory, raw_model, args, device, rank, world_size)
     loader = BatchLoader(train_data, args.micro_batch_size, rank, world_size, device)
@@ -2334,7 +2378,7 @@ def main():
     for step in range(start_step, args.max_steps + 1):
         last_step = step == args.max_steps
 
-        # at fixed intervals and at the end: save a checkpoint, then evaluate
+        # At fixed intervals and at the end: save a checkpoint, then evaluate, which might fail.
         if step % args.checkpoint_interval == 0 or last_step or stopping:
             run_directory.save(step, raw_model, optimizers, scaler, args)
         if not stopping and (step % args.eval_interval == 0 or last_step):
@@ -2350,19 +2394,22 @@ def main():
             if not stopping:
                 reporter.hellaswag(step, accuracy)
         if last_step or stopping:
-            run_directory.save(step, raw_model, optimizers, scaler, args)  # unless this step is saved already
+            run_directory.save(step, raw_model, optimizers, scaler, args)  # if the evaluation was stopped
             break
 
         # one optimizer step: accumulate the gradients of grad_accum_steps micro-batches
         start = time.perf_counter()
         model.train()
-        torch.manual_seed(args.seed + step * world_size + rank)  # dropout depends on the step only, also on resume
+        # Seed the dropout masks from the step, so that a resumed run draws the same ones.
+        torch.manual_seed(args.seed + step * world_size + rank)
         loss = torch.zeros((), device=device)  # stays on the device: reading it would wait for the computation
         for i in range(grad_accum_steps):
             # DDP averages the gradients over the ranks during a backward pass. Doing it once per step, in the
             # last backward pass, is enough. no_sync must also cover the forward pass, which prepares it.
-            is_last = i == grad_accum_steps - 1
-            with nullcontext() if world_size == 1 or is_last else model.no_sync():
+            gradient_sync = nullcontext()
+            if world_size > 1 and i < grad_accum_steps - 1:
+                gradient_sync = model.no_sync()
+            with gradient_sync:
                 with autocast:
                     _, micro_loss = model(x, y)
                 micro_loss = micro_loss / grad_accum_steps  # gradients add up: dividing makes their sum a mean
@@ -2384,23 +2431,27 @@ def main():
             stop_at_bad_loss(step, loss.item(), norm.item(), loader, grad_accum_steps)
         reporter.step(step, mean_loss, lr, mean_norm, dt)
 
-    del model  # DDP holds the process group; freed by anything else than the next line, gloo can deadlock at exit
+    # DDP keeps a reference to the process group, which finish() destroys. If it is freed later, gloo can deadlock.
+    del model
     finish(run_directory, step, stop, stopping, rank, world_size)
 
 
 def run_rank():
-    """Call main() and end the process: user errors, and what a run can meet on its way, give one line on stderr."""
+    """Call main() and end the process.
+
+    User errors and expected failures, such as a lost process or a full memory, print one line instead of a traceback.
+    """
     status = 1
     try:
         main()
         return
     except SystemExit as error:
         status = error.code
-    except UserError as error:  # all ranks meet it
+    except UserError as error:  # it occurs on every rank
         status = 2
         if os.environ.get("RANK", "0") == "0":
             report_error(error)
-    except DataError as error:  # this rank alone meets it
+    except DataError as error:  # it may occur on this rank only
         status = 2
         report_error(error)
     except Exception as error:
