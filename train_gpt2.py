@@ -1406,8 +1406,8 @@ def choose_checkpoint(run_directory, args):
         damages.append(f"{path} is damaged ({damage})")
     if damages:
         raise UserError(
-            f"{damages[0]}, and there is no earlier checkpoint to try: choose another checkpoint, or another "
-            "--log_dir to start over"
+            f"{damages[0]}, and there is no earlier checkpoint to try: choose another checkpoint, or choose another "
+            "--log_dir to start over, from intact weights with --init_from"
         )
     return None
 
@@ -2224,23 +2224,6 @@ def peak_flops(device, dtype, world_size):
     return None
 
 
-def print_header(args, raw_model, train_data, val_data, device, world_size, grad_accum_steps, notes, checkpoint):
-    """Print what is about to run, with every setting resolved."""
-    say(
-        " ".join(f"--{name} {value}" for name, value in vars(args).items()),
-        f"torch {torch.__version__}, {world_size} x {device}, {torch.get_num_threads()} CPU threads each",
-        f"train: {train_data.num_windows:,} windows in {len(train_data.paths)} shards, "
-        f"val: {val_data.num_windows:,} windows",
-        f"{raw_model.num_params:,} parameters",
-        f"{args.total_batch_size:,} tokens per step = {grad_accum_steps} micro-steps x {world_size} processes x "
-        f"{args.micro_batch_size} sequences x {args.block_size} tokens",
-        f"attention kernel: {attention_backend(device, args.dtype)}",
-        *[note for note in notes if note],
-    )
-    if checkpoint:
-        say(f"resuming at step {step_of(checkpoint)} from {checkpoint}")
-
-
 # ------------------------------------------------------------------------------------- reporting
 class Reporter:
     """Prints the progress of a run and writes it to log.txt. Does nothing on ranks other than 0."""
@@ -2248,6 +2231,8 @@ class Reporter:
     def __init__(self, run_directory, model, args, device, rank, world_size):
         self.run_directory = run_directory
         self.args = args
+        self.device = device
+        self.num_params = model.num_params
         self.is_silent = rank != 0
         # floating-point operations per token, forward and backward: 6 per parameter, and attention
         self.flops_per_token = 6 * model.num_params + 12 * args.n_layer * args.n_embd * args.block_size
@@ -2255,6 +2240,25 @@ class Reporter:
         self.first_step = None
         self.first_step_end = None  # time when it ended
         self.skipped_steps = 0
+
+    def header(self, train_data, val_data, world_size, grad_accum_steps, checkpoint, notes):
+        """Print what is about to run, with every setting resolved. Notes that are None are left out."""
+        if self.is_silent:
+            return
+        args = self.args
+        say(
+            " ".join(f"--{name} {value}" for name, value in vars(args).items()),
+            f"torch {torch.__version__}, {world_size} x {self.device}, {torch.get_num_threads()} CPU threads each",
+            f"train: {train_data.num_windows:,} windows in {len(train_data.paths)} shards, "
+            f"val: {val_data.num_windows:,} windows",
+            f"{self.num_params:,} parameters",
+            f"{args.total_batch_size:,} tokens per step = {grad_accum_steps} micro-steps x {world_size} processes x "
+            f"{args.micro_batch_size} sequences x {args.block_size} tokens",
+            f"attention kernel: {attention_backend(self.device, args.dtype)}",
+            *[note for note in notes if note],
+        )
+        if checkpoint:
+            say(f"resuming at step {step_of(checkpoint)} from {checkpoint}")
 
     def validation(self, step, val_loss, samples):
         """Report the validation loss and the samples."""
@@ -2365,10 +2369,9 @@ def main():
     # Rank 0 opens the log and prints what is about to run.
     enc, samples_note = open_tokenizer(data_set["tokenizer"])
     tokenizer_note = on_rank_0(run_directory.start, start_step, args, data_set)
-    if rank == 0:
-        notes = [dtype_note, compile_note, samples_note, hellaswag_note, tokenizer_note]
-        print_header(args, raw_model, train_data, val_data, device, world_size, grad_accum_steps, notes, checkpoint)
     reporter = Reporter(run_directory, raw_model, args, device, rank, world_size)
+    notes = [dtype_note, compile_note, samples_note, hellaswag_note, tokenizer_note]
+    reporter.header(train_data, val_data, world_size, grad_accum_steps, checkpoint, notes)
     loader = BatchLoader(train_data, args.micro_batch_size, rank, world_size, device)
     stop = StopRequest(args.max_hours)
     stopping = False  # all ranks stop at the same step
