@@ -2447,7 +2447,7 @@ def run_rank():
     status = 1
     try:
         main()
-        return
+        status = 0
     except SystemExit as error:
         status = error.code
     except UserError as error:  # it occurs on every rank
@@ -2471,7 +2471,8 @@ def run_rank():
             report_error(error)
         else:
             traceback.print_exc()
-    exit_process(status)
+    if status != 0 or "RANK" in os.environ:
+        exit_process(status)
 
 
 def is_out_of_memory(error):
@@ -2482,10 +2483,15 @@ def is_out_of_memory(error):
 
 
 def exit_process(status):
-    """Exit. Under torchrun, do it at once: a normal exit could wait forever for a rank that has crashed."""
+    """Exit. Under torchrun, do it at once.
+
+    A normal exit could wait forever for a rank that has crashed, and a thread of gloo that is still running could
+    abort the process while Python shuts down.
+    """
     if "RANK" not in os.environ:
         sys.exit(status)
-    sys.stdout.flush()
+    with suppress(OSError):  # the terminal may be closed
+        sys.stdout.flush()
     os._exit(status)
 
 

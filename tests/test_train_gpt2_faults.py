@@ -465,6 +465,44 @@ def test_a_restart_before_the_first_checkpoint_starts_from_the_given_one_again(s
     assert weights(tmp_path / "new") == weights(whole)
 
 
+def test_resume_with_the_run_directory_means_its_newest_checkpoint(stopped, whole):
+    data_dir, log_dir = stopped
+    done = train(data_dir, log_dir, *EVERY_2, "--resume", log_dir)
+    assert_success(done)
+    assert "resuming at step 4" in done.stdout
+    assert names_in(log_dir, "former") == []
+    assert_same_run(log_dir, whole)
+
+
+@pytest.mark.parametrize("remains", ["log.txt", "step_000004"])
+def test_a_directory_with_a_run_is_not_overwritten(stopped, remains):
+    """A log without checkpoints, and checkpoints without a log, are runs as well."""
+    data_dir, log_dir = stopped
+    for path in log_dir.iterdir():
+        if path.is_dir() and path.name != remains:
+            shutil.rmtree(path)
+        elif path.is_file() and path.name != remains:
+            path.unlink()
+    assert_user_error(train(data_dir, log_dir, *EVERY_2), "already contains a run", "--resume")
+    assert names_in(log_dir) == sorted(["lock", remains])
+
+
+def test_a_checkpoint_of_another_run_does_not_continue_in_the_directory_of_a_run(stopped, tmp_path):
+    data_dir, log_dir = stopped
+    shutil.copytree(log_dir, tmp_path / "other")
+    done = train(data_dir, log_dir, *EVERY_2, "--resume", tmp_path / "other" / "step_000002")
+    assert_user_error(done, "already contains another run", log_dir)
+    assert names_in(log_dir, "step") == ["step_000002", "step_000004"]
+
+
+def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path):
+    module = load("train_gpt2")
+    for name in ("step_1000000", "step_999999", "step_000007", "step_12", "former_step_000001", "step_000003_2"):
+        (tmp_path / name).mkdir()
+    paths = module.RunDirectory(str(tmp_path)).checkpoints()
+    assert [Path(path).name for path in paths] == ["step_000007", "step_999999", "step_1000000"]
+
+
 # ------------------------------------------------------------------------------ NaN and infinity
 def test_nan_weights_stop_the_run_before_they_are_used(stopped):
     data_dir, log_dir = stopped
