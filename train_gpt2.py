@@ -2198,6 +2198,7 @@ PEAK_FLOPS = (
     ("L40S", 362e12, 183e12),
     ("L4", 121e12, 60e12),
     ("T4", 65e12, 8.1e12),
+    ("V100-PCIE", 112e12, 14e12),
     ("V100", 125e12, 15.7e12),
     ("RTX 5090", 209.5e12, 104.8e12),
     ("RTX 4090", 165.2e12, 82.6e12),
@@ -2218,7 +2219,7 @@ def peak_flops(device, dtype, world_size):
             if dtype == "float32":
                 return world_size * peak_32_bit
             # these two do not have bfloat16
-            if dtype == "bfloat16" and name in ("T4", "V100"):
+            if dtype == "bfloat16" and name in ("T4", "V100-PCIE", "V100"):
                 return None
             return world_size * peak_16_bit
     return None
