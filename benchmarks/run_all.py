@@ -92,10 +92,7 @@ def run(name, flags):
     command = [sys.executable, f"{ROOT}/benchmarks/bench_{name}.py", *flags]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     print(f"{done.stdout.strip()}\n{time.perf_counter() - start:.0f} s\n", file=sys.stderr, flush=True)
-    # the rows are behind the last header
-    rows = []
-    if "|---|" in done.stdout:
-        rows = done.stdout.rpartition("|---|")[2].strip().splitlines()[1:]
+    rows = done.stdout.partition(HEADER)[2].strip().splitlines()
     if done.returncode or not rows:
         rows.append(failed_row(line, f"exit status {done.returncode}, see its messages above"))
         return rows, True

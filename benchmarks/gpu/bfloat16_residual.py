@@ -21,6 +21,10 @@ def init_with_conversion(self, config):
     self.drop = ToBFloat16()  # dropout is 0 in pre-training
 
 
-if __name__ == "__main__":
+def main():
     train_gpt2.GPT.__init__ = init_with_conversion
-    train_gpt2.run_script(train_gpt2.run_rank)
+    train_gpt2.run_rank()
+
+
+if __name__ == "__main__":
+    train_gpt2.run_script(main)
