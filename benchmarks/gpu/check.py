@@ -82,7 +82,7 @@ class Setup:
         self.runs = {}  # name of a training run -> its directory
         self.shape = TINY_SHAPE if args.tiny else {}
         self.B, self.T = (2, 64) if args.tiny else (8, 1024)  # sequences and tokens of a comparison
-        # how much the losses of equal runs may differ: on a CPU they are nearly the same, on GPUs sums have no fixed order
+        # how much the losses of equal runs may differ: hardly on a CPU, more on a GPU, where sums have no fixed order
         self.tolerance = 1e-3 if args.tiny else 0.01
         # as torch.compile in the trainer, but without generating code at tiny size, which takes long on a CPU
         self.backend = "aot_eager" if args.tiny else "inductor"
@@ -282,7 +282,7 @@ def greedy_text_in_16_bits(setup):
 def losses_of_steps(setup, wrap, dtype):
     """Return the 12 losses of 6 AdamW steps of 2 micro-batches, from the same weights and data in each call."""
     torch.manual_seed(1)
-    shape = setup.shape or {"n_layer": 4}
+    shape = {**TINY_SHAPE, "vocab_size": 1000} if setup.tiny else {"n_layer": 4}
     raw_model = train_gpt2.GPT(train_gpt2.GPTConfig(**shape)).to(setup.device)
     model = wrap(raw_model)
     optimizers = train_gpt2.configure_optimizers(raw_model, "adamw", 1e-3, 0.1, setup.device)
@@ -291,7 +291,8 @@ def losses_of_steps(setup, wrap, dtype):
     for step in range(6):
         for i in range(2):
             generator = torch.Generator().manual_seed(10 * (step % 2) + i)  # two steps of data, three times
-            windows = torch.randint(50257, (setup.B, setup.T + 1), generator=generator).to(setup.device)
+            size = (setup.B, setup.T + 1)
+            windows = torch.randint(raw_model.config.vocab_size, size, generator=generator).to(setup.device)
             with autocast(setup.device, dtype):
                 _, loss = model(windows[:, :-1], windows[:, 1:])
             scaler.scale(loss / 2).backward()

@@ -30,7 +30,7 @@ import torch
 import train_gpt2
 
 TINY_MODEL = "--n_layer 1 --n_head 2 --n_embd 32"
-TINY_TRAINING = f"{TINY_MODEL} --block_size 256 --total_batch_size 1024 --micro_batch_size 2 --val_tokens 1024"
+TINY_TRAINING = f"{TINY_MODEL} --block_size 256 --total_batch_size 512 --micro_batch_size 2 --val_tokens 256"
 
 
 class Commands:

@@ -74,7 +74,7 @@ class Trainer:
 
     def __init__(self, variant, setup):
         self.setup = setup
-        self.batch_size = min(variant.batch_size, 2) if setup.tiny else variant.batch_size
+        self.batch_size = 1 if setup.tiny else variant.batch_size
         self.grad_accum_steps = setup.tokens_per_step // (self.batch_size * setup.T)
         torch.manual_seed(0)
         self.raw_model = train_gpt2.GPT(train_gpt2.GPTConfig(**setup.shape)).to(setup.device)
@@ -124,7 +124,7 @@ class Setup:
         self.directory = directory
         self.shape = TINY_SHAPE if args.tiny else {}
         self.T = TINY_SHAPE["block_size"] if args.tiny else 1024
-        self.tokens_per_step = 2 * 2 * self.T if args.tiny else 524288
+        self.tokens_per_step = 2 * self.T if args.tiny else 524288
         self.backend = "aot_eager" if args.tiny else "inductor"  # generating code takes long on a CPU
         self.data_dir = args.data_dir or make_data(f"{directory}/data", "gpt2")
         data_set = train_gpt2.read_data_set(self.data_dir)
