@@ -17,7 +17,6 @@ Prints the medians, and the ratios round by round. Takes about two minutes.
 
 import argparse
 import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -30,13 +29,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
+from common import HEADER, ROOT, row
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import fineweb  # noqa: E402 (ROOT must be in the path first)
+import fineweb
 
 WORKERS = 2
-HEADER = "| what | here | peer | ratio (range) | of the limit |\n|---|---|---|---|---|"
 
 
 # ----------------------------------------------------------------------------- (a) fineweb.py
@@ -183,11 +180,11 @@ def main():
         print(f"(d) whole commands: {statistics.median(now):.1f} s, before {statistics.median(before):.1f} s, ", end="")
         print(f"ratio {describe_ratios(now, before)}")
 
-    here = f"{speeds['a']:.1f} MB/s, {number * speeds['a'] / size:.2f}M tokens/s"
-    peer = f"pool of documents {speeds['b']:.1f} MB/s"
-    ratio = describe_ratios(times["a"], times["b"])
+    ours = f"{speeds['a']:.1f} MB/s, {number * speeds['a'] / size:.2f}M tokens/s"
+    peer = f"pool of documents: {speeds['b']:.1f} MB/s"
+    ratios = [other / own for own, other in zip(times["a"], times["b"], strict=True)]
     limit = f"{describe_ratios(times['a'], times['c'])} of bare encoding"
-    print(f"\n{HEADER}\n| tokenizing, {WORKERS} workers | {here} | {peer} | {ratio} | {limit} |")
+    print(f"\n{HEADER}\n{row(f'tokenizing, {WORKERS} workers', ours, peer, ratios, limit)}")
 
 
 if __name__ == "__main__":

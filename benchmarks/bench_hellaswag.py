@@ -17,21 +17,17 @@ well losses and predictions agree.
 
 import argparse
 import math
-import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from common import HEADER, machine_name, row
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import hellaswag  # noqa: E402 (found through the line above)
-
-HEADER = "| what | here | peer | ratio (range) | of the limit |\n|---|---|---|---|---|"
+import hellaswag
 
 
 def read_source(path):
@@ -187,7 +183,7 @@ def main():
             seconds[name].append(time.perf_counter() - start)
 
     # Agreement and the table.
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+    print(f"torch {torch.__version__}, {machine_name(device.type)}")
     contexts = [len(example.context) for example in examples]
     endings = [len(ending) for example in examples for ending in example.endings]
     print(
@@ -202,14 +198,11 @@ def main():
     num_body = peer.num_parameters() - num_head - peer.transformer.wpe.weight.numel()
     plain_count, here_count = count_multiplications(examples, num_body, num_head)
     ratios = [a / b for a, b in zip(seconds["plain"], seconds["hellaswag.py"], strict=True)]
-    print(
-        f"\n{HEADER}\n| HellaSwag, {peer.num_parameters() / 1e6:.0f}M, {len(examples):,} examples, "
-        f"{dtype_name} | {len(examples) / sum(seconds['hellaswag.py']):.2f} examples/s "
-        f"| transformers one by one {len(examples) / sum(seconds['plain']):.2f} examples/s "
-        f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-        f"| {plain_count / here_count:.2f} by multiplications alone, "
-        f"{num_equal} of {len(plain)} predictions equal |"
-    )
+    task = f"HellaSwag, {peer.num_parameters() / 1e6:.0f}M, {len(examples):,} examples, {dtype_name}"
+    ours = f"{len(examples) / sum(seconds['hellaswag.py']):.2f} examples/s"
+    plain_speed = f"transformers one by one: {len(examples) / sum(seconds['plain']):.2f} examples/s"
+    limit = f"{plain_count / here_count:.2f} by multiplications alone, {num_equal} of {len(plain)} predictions equal"
+    print(f"\n{HEADER}\n{row(task, ours, plain_speed, ratios, limit)}")
 
 
 if __name__ == "__main__":

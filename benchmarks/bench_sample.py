@@ -14,25 +14,15 @@ as the speed of the sum of a large tensor.
 """
 
 import argparse
-import os
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
 
 import torch
+from common import HEADER, machine_name, row, synchronize
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import sample  # noqa: E402 (found through the line above)
-
-HEADER = "| what | here | peer | ratio (range) | of the limit |\n|---|---|---|---|---|"
-
-
-def synchronize(device):
-    """Wait until the device has finished its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+import sample
 
 
 def measure_bandwidth(device):
@@ -133,10 +123,10 @@ def main():
         for B in args.batch_sizes:
             tokens = {}
             for name, sampler in samplers.items():
-                synchronize(device)
+                synchronize(device.type)
                 start = time.perf_counter()
                 tokens[name] = sampler.run(prompt_tokens, B, args.max_new_tokens)
-                synchronize(device)
+                synchronize(device.type)
                 seconds = time.perf_counter() - start
                 if i > 0:
                     rates[name, B].append(B * args.max_new_tokens / seconds)
@@ -149,24 +139,22 @@ def main():
     read_per_step = num_parameters - peer_model.transformer.wpe.weight.numel()
     mean_length = args.prompt_tokens + args.max_new_tokens / 2
     print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {device}, "
-        f"{torch.get_num_threads()} threads, {args.prompt_tokens} + {args.max_new_tokens} tokens, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {machine_name(device.type)}, "
+        f"{args.prompt_tokens} + {args.max_new_tokens} tokens, "
         f"medians of {args.rounds} rounds, tokens of all samples together\n\n{HEADER}"
     )
     for B in args.batch_sizes:
         ours = statistics.median(rates["sample.py", B])
         peers = statistics.median(rates["transformers", B])
         ratios = [a / b for a, b in zip(rates["sample.py", B], rates["transformers", B], strict=True)]
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         cached = 2 * B * args.n_layer * args.n_embd * mean_length  # keys and values read per step
         bytes_per_step = (read_per_step + cached) * dtype.itemsize
         fraction = bytes_per_step * (ours / B) / bandwidth
-        print(
-            f"| sampling, {num_parameters / 1e6:.0f}M, B={B}, {args.dtype} "
-            f"| {ours:,.1f} tokens/s | transformers' generate {peers:,.1f} tokens/s | {ratio} "
-            f"| {fraction:.0%} of the memory's {bandwidth / 1e9:.1f} GB/s, "
-            f"tokens {'equal' if is_equal[B] else 'DIFFER'} |"
-        )
+        task = f"sampling, {num_parameters / 1e6:.0f}M, B={B}, {args.dtype}"
+        peer = f"transformers' generate: {peers:,.1f} tokens/s"
+        equality = "tokens equal" if is_equal[B] else "tokens DIFFER"
+        limit = f"{fraction:.0%} of the memory's {bandwidth / 1e9:.1f} GB/s, {equality}"
+        print(row(task, f"{ours:,.1f} tokens/s", peer, ratios, limit))
 
 
 if __name__ == "__main__":
