@@ -46,7 +46,7 @@ def load_data(path, device):
     # compute with characters, so each is replaced by its id, a number from 0 to V - 1.
     chars = sorted(set(text))
     data = torch.tensor(encode(text, chars), device=device)  # (N,)
-    # The last 10 % are for validation. The model never trains on them, so their loss shows
+    # The last 10% are for validation. The model never trains on them, so their loss shows
     # whether it has learned the language or only memorized the text.
     n = int(0.9 * len(data))
     train_data = data[:n]
@@ -101,6 +101,7 @@ def get_batch(data, batch_size, block_size, generator):
     The target of each position is the next character: y is x, shifted by one.
     """
     # Each row of the batch is a window of block_size characters that starts anywhere in the data.
+    # The last possible start leaves room for block_size inputs and one more target.
     start = torch.randint(len(data) - block_size, (batch_size, 1), generator=generator)  # (B, 1)
     position = start + torch.arange(block_size)  # (B, 1) + (T,) -> (B, T)
     position = position.to(data.device)
@@ -159,7 +160,8 @@ def train(model, train_data, val_data, args):
 # --- copied block: fail ---
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    one_line = " ".join(str(message).split())  # some messages have several lines
+    print(f"error: {one_line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -168,7 +170,10 @@ def fail(message):
 
 # --- copied block: read_text ---
 def read_text(path):
-    """Return the text of a UTF-8 file with its line endings unchanged. Exits if there is none."""
+    """Return the text of a UTF-8 file with its line endings unchanged.
+
+    Exits with an error if the file cannot be read, is empty or is not UTF-8.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # utf-8-sig drops a byte order mark
             text = file.read()
@@ -184,7 +189,11 @@ def read_text(path):
 
 # --- copied block: pick_device ---
 def pick_device(name):
-    """Return the torch.device with this name. "auto" is the accelerator if there is one, otherwise the CPU."""
+    """Return the torch.device with this name.
+
+    "auto" is the accelerator if there is one, otherwise the CPU. Exits with an error if the device
+    is not available.
+    """
     if name == "auto":
         device = torch.accelerator.current_accelerator(check_available=True)
         if device is None and shutil.which("nvidia-smi"):  # the NVIDIA driver is installed
@@ -199,6 +208,7 @@ def pick_device(name):
         probe.item()  # fails on the device "meta", which has no memory
         return probe.device
     except (AssertionError, ImportError, NotImplementedError, RuntimeError):
+        # unknown names, missing drivers and missing back ends raise different errors
         fail(f"--device {name} is not available here: omit it, or use --device cpu")
 
 
@@ -209,8 +219,9 @@ def pick_device(name):
 def run_script(main):
     """Call main() with output that suits terminals, pipes and files.
 
-    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
-    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the
+    program that reads the output has ended, as in "| head", the script ends silently. Any other
+    OSError, for example a full disk, is reported in one line.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
     for name in ("stdout", "stderr"):
@@ -226,7 +237,7 @@ def run_script(main):
         os._exit(0)  # a normal exit would write to the closed pipe again
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        os._exit(1)
+        os._exit(1)  # a normal exit would try to flush stdout again
 
 
 # --- end of copied block: run_script ---
