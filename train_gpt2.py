@@ -477,7 +477,10 @@ def sha256_of(path):
 # --- end of copied block: sha256_of ---
 # --- copied block: read_json ---
 def read_json(path):
-    """Return the JSON object in a file as a dict. Raises ValueError if there is no such object, OSError if no file."""
+    """Return the JSON object in a file as a dict.
+
+    Raises ValueError if the content is not a JSON object, OSError if the file cannot be read.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
     try:
@@ -513,12 +516,15 @@ def check_shards(shards, path):
 
 
 def read_meta(directory):
-    """Return the checked content of a data set's meta.json. Raises ValueError if it is damaged, OSError if missing."""
+    """Return the checked content of a data set's meta.json.
+
+    Raises ValueError if the content is wrong, OSError if the file cannot be read.
+    """
     path = f"{directory}/meta.json"
     meta = read_json(path)
     tokenizer, vocab_size = meta.get("tokenizer"), meta.get("vocab_size")
     if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != vocab_size:
-        raise ValueError(f"{path}: there is no tokenizer {tokenizer!r} with {vocab_size!r} tokens")
+        raise ValueError(f"{path}: tokenizer {tokenizer!r} with vocab_size {vocab_size!r} is not supported")
     check_shards(meta.get("shards"), path)
     return meta
 
@@ -818,7 +824,7 @@ class BatchLoader:
 # ------------------------------------------------------------------------------------ optimizer
 # --- copied block: get_lr ---
 def get_lr(step, learning_rate, warmup_steps, max_steps):
-    """Return the learning rate of a step: linear warmup, then cosine decay to 10 % of the peak at max_steps."""
+    """Return the learning rate of a step: linear warmup, then cosine decay to 10% of the peak at max_steps."""
     min_lr = 0.1 * learning_rate
     # 1) linear warmup; step 0 already has a learning rate above 0
     if step < warmup_steps:
@@ -1806,8 +1812,9 @@ def check_args(args):
 def run_script(main):
     """Call main() with output that suits terminals, pipes and files.
 
-    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
-    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the
+    program that reads the output has ended, as in "| head", the script ends silently. Any other
+    OSError, for example a full disk, is reported in one line.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
     for name in ("stdout", "stderr"):
@@ -1823,13 +1830,17 @@ def run_script(main):
         os._exit(0)  # a normal exit would write to the closed pipe again
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        os._exit(1)
+        os._exit(1)  # a normal exit would try to flush stdout again
 
 
 # --- end of copied block: run_script ---
 # --- copied block: pick_device ---
 def pick_device(name):
-    """Return the torch.device with this name. "auto" is the accelerator if there is one, otherwise the CPU."""
+    """Return the torch.device with this name.
+
+    "auto" is the accelerator if there is one, otherwise the CPU. Exits with an error if the device
+    is not available.
+    """
     if name == "auto":
         device = torch.accelerator.current_accelerator(check_available=True)
         if device is None and shutil.which("nvidia-smi"):  # the NVIDIA driver is installed
@@ -1844,6 +1855,7 @@ def pick_device(name):
         probe.item()  # fails on the device "meta", which has no memory
         return probe.device
     except (AssertionError, ImportError, NotImplementedError, RuntimeError):
+        # unknown names, missing drivers and missing back ends raise different errors
         fail(f"--device {name} is not available here: omit it, or use --device cpu")
 
 
