@@ -38,6 +38,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -2140,6 +2141,8 @@ def wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps):
         "broadcast_buffers": False,  # the only buffer is constant
         "gradient_as_bucket_view": True,  # gradients are stored in the buckets that are all-reduced
     }
+    # PyTorch 2.13 prefers forward_sync_buffers, which 2.11 does not have
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     if args.compile and grad_accum_steps == 1:
         # torch.compile around DDP splits the backward pass at DDP's buckets, so that the all-reduce of one part
         # overlaps with the computation of the next. The parts run slower than one graph does: that pays off
