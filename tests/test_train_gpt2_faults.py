@@ -195,6 +195,7 @@ def test_a_signal_to_one_worker_stops_all_ranks_and_saves_that_step(byte_shards,
     done = torchrun.wait()
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
     steps = len(losses(tmp_path / "log"))
     checkpoint = tmp_path / "log" / f"step_{steps:06d}"
     assert torch.load(checkpoint / "trainer.pt", weights_only=True)["step"] == steps
@@ -273,8 +274,8 @@ def test_max_hours_are_hours(byte_shards, tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_saves_the_step_and_ends_with_status_0(byte_shards, tmp_path, whole, name):
-    number = getattr(signal, name)
-    done = train(byte_shards, tmp_path / "log", *EVERY_2, prepare=at_step(2, send_signal(number)))
+    prepare = at_step(2, send_signal(getattr(signal, name)))
+    [done] = Ranks(1, byte_shards, tmp_path / "log", *EVERY_2, prepare=prepare).wait()
     assert_success(done)
     assert f"stopped by {name} at step 3: continue with --resume" in done.stdout
     assert names_in(tmp_path / "log", "step_") == ["step_000002", "step_000003"]
@@ -322,6 +323,20 @@ def test_a_second_ctrl_c_ends_the_process_at_once(byte_shards, tmp_path):
     assert time.monotonic() < start + 30
 
 
+def test_the_second_that_torchrun_may_take_begins_with_the_first_ctrl_c(byte_shards, tmp_path):
+    """Somebody who presses Ctrl-C again and again does not have to wait longer."""
+
+    def interrupt_three_times(rank):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.7)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.7)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    ranks = Ranks(1, byte_shards, tmp_path / "log", prepare=at_step(2, interrupt_three_times))
+    assert ranks.statuses() == [-signal.SIGINT]
+
+
 def test_a_ctrl_c_that_torchrun_repeats_at_once_counts_as_one(byte_shards, tmp_path, whole):
     """torchrun passes on a Ctrl-C that the terminal has sent to all processes already."""
 
@@ -351,7 +366,8 @@ def test_a_ctrl_c_after_other_signals_does_not_end_the_process(byte_shards, tmp_
 
 
 def test_an_interrupt_in_the_last_step_leaves_the_last_evaluation_to_the_resumed_run(byte_shards, tmp_path, whole):
-    done = train(byte_shards, tmp_path / "log", *EVERY_2, prepare=at_step(4, send_signal(signal.SIGINT)))
+    prepare = at_step(4, send_signal(signal.SIGINT))
+    [done] = Ranks(1, byte_shards, tmp_path / "log", *EVERY_2, prepare=prepare).wait()
     assert_success(done)
     assert_success(train(byte_shards, tmp_path / "log", *EVERY_2, "--resume"))
     assert_same_run(tmp_path / "log", whole)
@@ -572,6 +588,13 @@ CHECKPOINT_FILES = ["model.safetensors", "config.json", "trainer.pt", "sha256.js
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_is_used(stopped, whole, file, damage):
     _, log_dir = stopped
     DAMAGES[damage](log_dir / "step_000004" / file)
+    assert_uses_previous_checkpoint(resume(stopped), log_dir, whole)
+
+
+def test_a_changed_config_is_noticed_even_if_it_fits_the_weights(stopped, whole):
+    """Four heads have the same weights as two heads, but compute something else."""
+    _, log_dir = stopped
+    edit(log_dir / "step_000004" / "config.json", r'"n_head": 2', '"n_head": 4')
     assert_uses_previous_checkpoint(resume(stopped), log_dir, whole)
 
 
