@@ -855,7 +855,7 @@ def check_splits(directory, shards):
     num_tokens = sum(shard["tokens"] for shard in shards)
     if num_tokens == 0:
         raise ValueError(
-            f"{directory} has no tokens, because the parquet files contain no text: "
+            f"{directory} contains no tokens, because the parquet files contain no text: "
             "delete it, and check --source and --text_column"
         )
     splits = {shard["split"] for shard in shards}
@@ -866,7 +866,7 @@ def check_splits(directory, shards):
         )
     if "val" not in splits:  # rank 0 makes the validation shard
         raise ValueError(
-            f"{directory} has no validation shard, because the files of rank 0 contain no text: "
+            f"{directory} contains no validation shard, because the files of rank 0 contain no text: "
             "delete it, and use a smaller --world_size"
         )
 
