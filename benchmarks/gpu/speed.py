@@ -21,7 +21,7 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -134,7 +134,6 @@ class Setup:
         self.data_dir = args.data_dir or make_data(f"{directory}/data", "gpt2")
         data_set = train_gpt2.read_data_set(self.data_dir)
         self.train_data = train_gpt2.TokenDataset(self.data_dir, "train", data_set, self.T, 1337, True)
-        self.val_data = train_gpt2.TokenDataset(self.data_dir, "val", data_set, self.T, 1337, False)
 
 
 def measure(variant, setup):
@@ -152,24 +151,31 @@ def measure(variant, setup):
             stack.enter_context(sdpa_kernel([SDPBackend.FLASH_ATTENTION]))
         if variant.ddp:
             stack.enter_context(group_of_one(setup.device))
-        trainer = Trainer(variant, setup)
-        # the first micro-step compiles
+        measure_steps(variant, setup)
+
+
+def measure_steps(variant, setup):
+    """Time the steps of a variant. The model is freed on return, before its process group is."""
+    trainer = Trainer(variant, setup)
+    # the first micro-step compiles
+    start = time.perf_counter()
+    trainer.micro_step()
+    synchronize(setup.device.type)
+    first = time.perf_counter() - start
+    trainer.raw_model.zero_grad(set_to_none=True)
+    # five steps, of which the first two do not count
+    seconds = []
+    for _ in range(5):
         start = time.perf_counter()
-        trainer.micro_step()
-        synchronize(setup.device.type)
-        first = time.perf_counter() - start
-        trainer.raw_model.zero_grad(set_to_none=True)
-        # five steps, of which the first two do not count
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            loss = trainer.step()
-            seconds.append(time.perf_counter() - start)
-        median = sorted(seconds[2:])[1]
-        print_row(variant, trainer, median, first, loss)
-        if variant.name == "compiled":
-            for measurement in (measure_kernels, measure_validation, measure_hellaswag, measure_optimizers):
-                measurement(trainer, setup)
+        loss = trainer.step()
+        seconds.append(time.perf_counter() - start)
+    median = sorted(seconds[2:])[1]
+    print_row(variant, trainer, median, first, loss)
+    if variant.name == "compiled":
+        measure_kernels(trainer, setup)
+        measure_validation(trainer, setup)
+        measure_hellaswag(trainer, setup)
+        measure_optimizers(trainer, setup)
 
 
 def print_row(variant, trainer, seconds, first, loss):
@@ -187,16 +193,14 @@ def print_row(variant, trainer, seconds, first, loss):
     )
 
 
-class group_of_one:  # noqa: N801 (used like a function)
-    """A context with a process group of this process alone, so that DDP can be used."""
-
-    def __init__(self, device):
-        self.backend = "nccl" if device.type == "cuda" else "gloo"
-
-    def __enter__(self):
-        dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1)
-
-    def __exit__(self, *error):
+@contextmanager
+def group_of_one(device):
+    """Provide a process group of this process alone, so that DDP can be used."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
         dist.destroy_process_group()
 
 
@@ -324,17 +328,16 @@ def kind_of_kernel(name):
 
 def measure_validation(trainer, setup):
     """Print the seconds of a validation with the eager and with the compiled model."""
-    num_windows = min(4 if setup.tiny else 1024, setup.val_data.num_windows)
-    batch_size = min(trainer.batch_size, num_windows)
-    num_windows -= num_windows % batch_size  # the compiled model takes whole micro-batches only
+    # whole micro-batches only: for another size the model would be compiled again
+    num_windows = 4 if setup.tiny else min(1024, setup.train_data.num_windows)
+    num_windows -= num_windows % trainer.batch_size
     tokens = num_windows * setup.T
     for name, model in (("eager", trainer.raw_model), ("compiled", trainer.model)):
         seconds = []
         for _ in range(2):  # the first time may compile
             start = time.perf_counter()
-            loss = train_gpt2.evaluate(
-                model, trainer.raw_model, setup.val_data, tokens, batch_size, 0, 1, *evaluation_arguments(setup)
-            )
+            arguments = (tokens, trainer.batch_size, 0, 1, *evaluation_arguments(setup))
+            loss = train_gpt2.evaluate(model, trainer.raw_model, setup.train_data, *arguments)
             seconds.append(time.perf_counter() - start)
         print(
             f"  validation, {name}: {tokens:,} tokens in {seconds[1]:.2f} s (first {seconds[0]:.1f} s), loss "
