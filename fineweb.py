@@ -879,7 +879,7 @@ def compare_shard(path, tokens, expected):
 
 # ------------------------------------------------------------------------- shared functions
 # --- copied block: write_tokenizer_files ---
-GPT2_FILES = {  # names for Hugging Face: OpenAI's names, SHA-256
+GPT2_FILES = {  # Hugging Face's file name: (OpenAI's file name, SHA-256)
     "vocab.json": ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     "merges.txt": ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
@@ -887,9 +887,10 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 
 
 def write_tokenizer_files(name, directory):
-    """Write vocab.json and merges.txt, from which transformers builds the tokenizer, into directory.
+    """Write the tokenizer files of transformers, vocab.json and merges.txt, into directory.
 
-    For "gpt2" they are OpenAI's files, which tiktoken has in its cache once get_tokenizer("gpt2") has been called.
+    For "gpt2" they are OpenAI's files. tiktoken has them in its cache once get_tokenizer("gpt2") has
+    been called.
     """
     if name == "gpt2":
         for file_name, (original_name, sha256) in GPT2_FILES.items():
@@ -926,7 +927,10 @@ def sha256_of(path):
 
 # --- copied block: read_json ---
 def read_json(path):
-    """Return the JSON object in a file as a dict. Raises ValueError if there is no such object, OSError if no file."""
+    """Return the JSON object in a file as a dict.
+
+    Raises ValueError if the content is not a JSON object, OSError if the file cannot be read.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
     try:
@@ -964,12 +968,15 @@ def check_shards(shards, path):
 
 
 def read_meta(directory):
-    """Return the checked content of a data set's meta.json. Raises ValueError if it is damaged, OSError if missing."""
+    """Return the checked content of a data set's meta.json.
+
+    Raises ValueError if the content is wrong, OSError if the file cannot be read.
+    """
     path = f"{directory}/meta.json"
     meta = read_json(path)
     tokenizer, vocab_size = meta.get("tokenizer"), meta.get("vocab_size")
     if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != vocab_size:
-        raise ValueError(f"{path}: there is no tokenizer {tokenizer!r} with {vocab_size!r} tokens")
+        raise ValueError(f"{path}: tokenizer {tokenizer!r} with vocab_size {vocab_size!r} is not supported")
     check_shards(meta.get("shards"), path)
     return meta
 
@@ -1011,7 +1018,8 @@ def load_shard(path):
 # --- copied block: fail ---
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    one_line = " ".join(str(message).split())  # some messages have several lines
+    print(f"error: {one_line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -1022,8 +1030,9 @@ def fail(message):
 def run_script(main):
     """Call main() with output that suits terminals, pipes and files.
 
-    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
-    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the
+    program that reads the output has ended, as in "| head", the script ends silently. Any other
+    OSError, for example a full disk, is reported in one line.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
     for name in ("stdout", "stderr"):
@@ -1039,7 +1048,7 @@ def run_script(main):
         os._exit(0)  # a normal exit would write to the closed pipe again
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        os._exit(1)
+        os._exit(1)  # a normal exit would try to flush stdout again
 
 
 # --- end of copied block: run_script ---

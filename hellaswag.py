@@ -642,7 +642,8 @@ class GPT(nn.Module):
 # --- copied block: fail ---
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    one_line = " ".join(str(message).split())  # some messages have several lines
+    print(f"error: {one_line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -653,8 +654,9 @@ def fail(message):
 def run_script(main):
     """Call main() with output that suits terminals, pipes and files.
 
-    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
-    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the
+    program that reads the output has ended, as in "| head", the script ends silently. Any other
+    OSError, for example a full disk, is reported in one line.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
     for name in ("stdout", "stderr"):
@@ -670,7 +672,7 @@ def run_script(main):
         os._exit(0)  # a normal exit would write to the closed pipe again
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        os._exit(1)
+        os._exit(1)  # a normal exit would try to flush stdout again
 
 
 # --- end of copied block: run_script ---
@@ -678,7 +680,10 @@ def run_script(main):
 
 # --- copied block: read_json ---
 def read_json(path):
-    """Return the JSON object in a file as a dict. Raises ValueError if there is no such object, OSError if no file."""
+    """Return the JSON object in a file as a dict.
+
+    Raises ValueError if the content is not a JSON object, OSError if the file cannot be read.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
     try:
@@ -873,7 +878,11 @@ def get_tokenizer(name):
 
 # --- copied block: pick_device ---
 def pick_device(name):
-    """Return the torch.device with this name. "auto" is the accelerator if there is one, otherwise the CPU."""
+    """Return the torch.device with this name.
+
+    "auto" is the accelerator if there is one, otherwise the CPU. Exits with an error if the device
+    is not available.
+    """
     if name == "auto":
         device = torch.accelerator.current_accelerator(check_available=True)
         if device is None and shutil.which("nvidia-smi"):  # the NVIDIA driver is installed
@@ -888,6 +897,7 @@ def pick_device(name):
         probe.item()  # fails on the device "meta", which has no memory
         return probe.device
     except (AssertionError, ImportError, NotImplementedError, RuntimeError):
+        # unknown names, missing drivers and missing back ends raise different errors
         fail(f"--device {name} is not available here: omit it, or use --device cpu")
 
 

@@ -7,11 +7,11 @@ Plot the curves of one or more runs as one picture.
     python plot.py log_bng --tokens_per_step 524288 --reference    # a log of build-nanogpt
 
 Reads DIR/log.txt, which has one "step kind value" line per metric, as train_gpt2.py and
-build-nanogpt write it. The flags of train_gpt2.py in DIR/run.json say how many tokens make a step,
-and what the training data are. Takes two seconds, and can be used while a run is training.
+build-nanogpt write it. The settings of train_gpt2.py in DIR/run.json give the tokens per step and
+the training data. Takes two seconds, and can be used while a run is training.
 
-Thin lines show the logged values, thick lines their means over 2 % of a run. Dashed and dotted
-lines show OpenAI's models.
+Thin lines show the logged values, thick lines their means over 2% of a run. Dashed and dotted lines
+show OpenAI's models.
 """
 
 import argparse
@@ -46,6 +46,9 @@ REFERENCES = [
     ("hella", "GPT-2 124M", 0.2955, "--"),
 ]
 
+# The thick line of a long run has this many points, about three per column of pixels.
+SMOOTH_POINTS = 5000
+
 # the palette of Okabe and Ito, which color-blind readers can also tell apart
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 GRAY = "#555555"
@@ -69,16 +72,19 @@ STYLE = {
 # ---------------------------------------------------------------------------------- reading runs
 @dataclass
 class Run:
-    """What is drawn of a run."""
+    """The log and the settings of a run."""
 
     name: str
     log: dict  # {kind: (steps (N,), values (N,))}
-    flags: dict  # the content of run.json, {} if there is none
+    settings: dict  # the content of run.json, {} if there is none
 
 
 # --- copied block: read_json ---
 def read_json(path):
-    """Return the JSON object in a file as a dict. Raises ValueError if there is no such object, OSError if no file."""
+    """Return the JSON object in a file as a dict.
+
+    Raises ValueError if the content is not a JSON object, OSError if the file cannot be read.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
     try:
@@ -103,7 +109,8 @@ def read_log(log_dir):
     """
     path = f"{log_dir}/log.txt"
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
+        # opening a named pipe would wait forever
+        raise ValueError(f"{path} is not a regular file: pass the directory of a run")
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.read().split("\n")
     lines.pop()  # what follows the last newline: nothing, or a line that is still being written
@@ -119,7 +126,8 @@ def read_log(log_dir):
         except ValueError:
             skipped.append(number)
             continue
-        # steps beyond 1e15 and values beyond 1e30 cannot be drawn, and NaN fails every comparison
+        # Larger numbers would overflow when Matplotlib computes the axes. NaN fails every comparison,
+        # so it is also left out.
         if kind in KINDS and 0 <= step < 1e15 and abs(value) < 1e30:
             values_by_kind.setdefault(kind, {})[step] = value
     if skipped:
@@ -137,13 +145,13 @@ def read_log(log_dir):
     return log
 
 
-def read_flags(log_dir):
+def read_settings(log_dir):
     """Read run.json. Returns {} if there is no such file, or, with a warning, if it is damaged."""
     path = f"{log_dir}/run.json"
     try:
-        # only this field is used in computations; the others are compared with texts
-        flags = read_json(path)
-        size = flags.get("total_batch_size", 1)
+        # only this field is used in computations; the others are only compared with strings
+        settings = read_json(path)
+        size = settings.get("total_batch_size", 1)
         if type(size) is not int or not 0 < size < 2**63:
             raise ValueError(f"{path}: total_batch_size is {size!r}, not a positive integer")
     except FileNotFoundError:
@@ -151,7 +159,7 @@ def read_flags(log_dir):
     except (OSError, ValueError) as error:
         print(f"warning: {error}: the file is ignored", file=sys.stderr)
         return {}
-    return flags
+    return settings
 
 
 def read_runs(log_dirs):
@@ -162,56 +170,33 @@ def read_runs(log_dirs):
         names = log_dirs
     runs = []
     for name, log_dir in zip(names, log_dirs, strict=True):
-        runs.append(Run(name, read_log(log_dir), read_flags(log_dir)))
+        runs.append(Run(name, read_log(log_dir), read_settings(log_dir)))
     return runs
 
 
 # ------------------------------------------------------------------------------------- smoothing
-def window_sums(values, width):
-    """Return the sums of all windows of width values in values (N,): (N - width + 1,).
-
-    Takes linear time. Differences of cumulative sums would be simpler, but after a spike of 1e30
-    they have lost all digits of later values. Here each sum has values of its own window only.
-    """
-    # Example: values 1 2 3 4 5 and width 3. The blocks are 1 2 3 and 4 5 0. The window 2 3 4 is the
-    # end of the first block, 2 + 3, and the start of the second, 4.
-    num_windows = len(values) - width + 1
-    # Cut the values into blocks of the width of a window, the last one filled up with zeros. Each
-    # window is then the end of one block and the start of the next, or exactly a block.
-    num_blocks = math.ceil(len(values) / width)
-    blocks = np.zeros((num_blocks, width))
-    blocks.flat[: len(values)] = values
-    # for each value, the sum from it to the end of its block, and from the start of its block to it
-    to_end = blocks[:, ::-1].cumsum(axis=1)[:, ::-1].ravel()
-    from_start = blocks.cumsum(axis=1).ravel()
-
-    first = np.arange(num_windows)
-    last = first + width - 1
-    return to_end[first] + np.where(first % width == 0, 0.0, from_start[last])
-
-
 def smooth(values):
-    """Return the means of windows of about 2 % of values (N,) around each value: (N,).
+    """Compute means of windows of about 2% of values (N,). Returns (indices (M,), means (M,)).
 
-    At the start the windows are smaller and symmetric, so that the steep start of a loss curve is
-    not distorted. At the end they are cut off.
+    means[i] is the mean around values[indices[i]]. M is N, or SMOOTH_POINTS for longer runs. At the
+    start the windows are smaller and symmetric, so that the steep start of a loss curve is not
+    distorted. At the end they are cut off.
     """
-    reach = len(values) // 100  # values on each side
-    width = 2 * reach + 1
-    # zeros on both sides: the windows at the ends have sums of fewer values
-    counts = window_sums(np.pad(np.ones(len(values)), reach), width)
-    means = window_sums(np.pad(values, reach), width) / counts
-    if reach > 0:
-        # the first windows have 1, 3, 5, ... values
-        means[:reach] = np.cumsum(values)[: 2 * reach : 2] / np.arange(1, 2 * reach, 2)
-    return means
+    N = len(values)
+    reach = N // 100  # values on each side
+    indices = np.linspace(0, N - 1, min(N, SMOOTH_POINTS)).round().astype(int)
+    means = []
+    for i in indices:
+        before = min(i, reach)
+        means.append(values[i - before : i + before + 1].mean())
+    return indices, np.array(means)
 
 
 # --------------------------------------------------------------------------------------- drawing
 def choose_x_axis(runs, tokens_per_step):
     """Return the label of the x axis, and for each run the factor from steps to x."""
     # tokens per step of each run
-    sizes = [run.flags.get("total_batch_size", tokens_per_step) for run in runs]
+    sizes = [run.settings.get("total_batch_size", tokens_per_step) for run in runs]
     if None in sizes:  # not all are known
         return "steps (to show tokens, pass --tokens_per_step)", [1] * len(runs)
     # the unit depends on the longest run
@@ -224,16 +209,20 @@ def choose_x_axis(runs, tokens_per_step):
     return "tokens (millions)", [size / 1e6 for size in sizes]
 
 
-def is_fineweb_edu(flags):
-    """Return whether the flags of a run say that it trains on FineWeb-Edu in GPT-2's tokens."""
-    pattern = r"HuggingFaceFW/fineweb-edu(?![\w-])"
-    return flags.get("tokenizer") == "gpt2" and bool(re.search(pattern, str(flags.get("source"))))
+def is_fineweb_edu(settings):
+    """Return whether the settings of a run say that it trains on FineWeb-Edu in GPT-2's tokens."""
+    pattern = r"HuggingFaceFW/fineweb-edu(?![\w-])"  # not fineweb-edu-score-2, which is another data set
+    source = str(settings.get("source"))
+    return settings.get("tokenizer") == "gpt2" and bool(re.search(pattern, source))
 
 
 def want_references(runs):
-    """Return whether OpenAI's results are comparable: all data that are known are FineWeb-Edu."""
-    flags_with_data = [run.flags for run in runs if "tokenizer" in run.flags]
-    return bool(flags_with_data) and all(map(is_fineweb_edu, flags_with_data))
+    """Return whether every run whose data set is known trains on FineWeb-Edu.
+
+    Only then are OpenAI's results comparable.
+    """
+    known = [run.settings for run in runs if "tokenizer" in run.settings]
+    return len(known) > 0 and all(is_fineweb_edu(settings) for settings in known)
 
 
 def make_panels(figure, runs):
@@ -259,13 +248,16 @@ def draw_run(panels, run, scale, color):
     for kind, (steps, values) in run.log.items():
         x = steps * scale
         axes = panels["train" if kind == "val" else kind]
-        if kind in ("val", "hella"):  # measured now and then: points
+        if kind in ("val", "hella"):  # evaluated every few hundred steps: draw points
             axes.plot(x, values, "o", color=color, zorder=3)
-        else:  # logged at every step: a thin line, and a thick line through the means
+        else:  # logged at every step: draw a thin line, and a thick line through the means
             axes.plot(x, values, color=color, lw=0.6, alpha=0.35)
-            means = values if kind == "lr" else smooth(values)
-            marker = "o" if len(x) < 20 else None  # a line through one point would be invisible
-            axes.plot(x, means, color=color, lw=1.8, marker=marker)
+            if kind != "lr":
+                indices, values = smooth(values)
+                x = x[indices]
+            # a line through a single point would be invisible, and few points are clearer with marks
+            marker = "o" if len(x) < 20 else None
+            axes.plot(x, values, color=color, lw=1.8, marker=marker)
 
     # the entry in the legend
     label = run.name
@@ -305,7 +297,10 @@ def loss_limits(runs, reference):
         losses.extend(value for kind, _, value, _ in REFERENCES if kind == "train")
     low = min(losses)
     high = max(losses)
-    margin = 0.05 * (high - low) or 0.1 * max(1.0, abs(high))
+    if low == high:  # a single value
+        margin = 0.1 * max(1.0, abs(high))
+    else:
+        margin = 0.05 * (high - low)
     return low - margin, high + margin
 
 
@@ -329,8 +324,9 @@ def finish_panels(panels, limits, reference):
     # y axes
     if limits:
         panels["train"].set_ylim(limits)
-    # gradient norms have spikes, which would flatten a linear axis
-    if "norm" in panels and math.isfinite(panels["norm"].dataLim.minposy):  # a value is above 0
+    # Gradient norms have spikes, which would flatten a linear axis. A logarithmic axis needs at least
+    # one value above 0; dataLim.minposy is the smallest of them, or infinite.
+    if "norm" in panels and math.isfinite(panels["norm"].dataLim.minposy):
         panels["norm"].set_yscale("log", subs=[2, 5])
         panels["norm"].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     # throughput starts at 0, so that small changes look small
@@ -365,7 +361,8 @@ def draw(log_dirs, path, tokens_per_step=None, reference=None):
     # read the runs, and decide what to draw
     runs = read_runs(log_dirs)
     if not any(run.log for run in runs):
-        raise ValueError(f"{log_dirs[0]}/log.txt has nothing to draw yet")
+        paths = ", ".join(f"{log_dir}/log.txt" for log_dir in log_dirs)
+        raise ValueError(f"there is nothing to draw yet in {paths}: wait for the first training steps")
     if reference is None:
         reference = want_references(runs)
     x_label, scales = choose_x_axis(runs, tokens_per_step)
@@ -386,7 +383,8 @@ def draw(log_dirs, path, tokens_per_step=None, reference=None):
 # --- copied block: fail ---
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    one_line = " ".join(str(message).split())  # some messages have several lines
+    print(f"error: {one_line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -397,8 +395,9 @@ def fail(message):
 def run_script(main):
     """Call main() with output that suits terminals, pipes and files.
 
-    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
-    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the
+    program that reads the output has ended, as in "| head", the script ends silently. Any other
+    OSError, for example a full disk, is reported in one line.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
     for name in ("stdout", "stderr"):
@@ -414,7 +413,7 @@ def run_script(main):
         os._exit(0)  # a normal exit would write to the closed pipe again
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        os._exit(1)
+        os._exit(1)  # a normal exit would try to flush stdout again
 
 
 # --- end of copied block: run_script ---
@@ -422,18 +421,26 @@ def run_script(main):
 
 def parse_args():
     """Parse and check the flags."""
-    as_written = argparse.RawTextHelpFormatter  # keeps the line breaks of the docstring
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}: see --help")  # argparse's own errors in one line
-    add = parser.add_argument
-    add("log_dirs", nargs="+", metavar="DIR", help="directory of a run, which contains log.txt")
-    tokens_help = "tokens per step of runs without a run.json (default: unknown, show steps)"
-    add("--tokens_per_step", type=int, metavar="N", help=tokens_help)
-    output_help = "picture to write, .png, .svg or .pdf (default: curves.png in the first DIR)"
-    add("--output", metavar="FILE", help=output_help)
-    reference_help = "draw the results of OpenAI's models (default: for runs on FineWeb-Edu)"
-    add("--reference", action=argparse.BooleanOptionalAction, help=reference_help)
-    add("--show", action="store_true", help="also open the picture in the system's viewer")
+    parser.add_argument("log_dirs", nargs="+", metavar="DIR", help="directory of a run, which contains log.txt")
+    parser.add_argument(
+        "--tokens_per_step",
+        type=int,
+        metavar="N",
+        help="tokens per step of runs without a run.json (default: unknown, show steps)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="picture to write, .png, .svg or .pdf (default: curves.png in the first DIR)",
+    )
+    parser.add_argument(
+        "--reference",
+        action=argparse.BooleanOptionalAction,
+        help="draw the results of OpenAI's models (default: for runs on FineWeb-Edu)",
+    )
+    parser.add_argument("--show", action="store_true", help="also open the picture in the system's viewer")
     args = parser.parse_args()
     size = args.tokens_per_step
     if size is not None and not 0 < size < 2**63:
@@ -451,7 +458,9 @@ def main():
         draw(args.log_dirs, path, args.tokens_per_step, args.reference)
     except ImportError as error:
         fail(f"cannot draw ({error}): pip install -r requirements.txt")
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        fail(error)
+    except OSError as error:
         fail(f"{error}: pass directories with a log.txt, and an --output that can be written")
     print(path)
     if args.show and not webbrowser.open(f"file://{os.path.abspath(path)}"):

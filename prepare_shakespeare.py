@@ -8,12 +8,12 @@ Turn a UTF-8 text into the token shards that train_gpt2.py reads.
 
 Takes a second, and writes five files to OUT_DIR. NAME is the last part of OUT_DIR.
 
-    NAME_train_000000.npy   the first 90 % of the text, a one-dimensional uint16 array of tokens
-    NAME_val_000000.npy     the last 10 %, for validation
+    NAME_train_000000.npy   the first 90% of the text, a one-dimensional uint16 array of tokens
+    NAME_val_000000.npy     the last 10%, for validation
     meta.json               describes the data set: tokenizer, source, sizes, checksums
     vocab.json, merges.txt  the tokenizer in Hugging Face's format, for checkpoints
 
-For input.txt these are 432,828 training tokens and 48,093 validation tokens.
+With the default tokenizer, input.txt gives 432,828 training tokens and 48,093 validation tokens.
 The text is one document. A literal <|endoftext|> in it is tokenized like any other text: it does
 not become the end-of-text token.
 """
@@ -43,17 +43,16 @@ def download(url, path, sha256):
 
     Raises OSError if the file cannot be written.
     """
-    # what the user can do if the download fails
-    by_hand = f"download it by hand to {path}, or pass another text with --input"
+    advice = f"download it by hand to {path}, or pass another text with --input"
     try:
         response = requests.get(url, timeout=30)
         response.raise_for_status()
     except requests.RequestException as error:
-        fail(f"cannot download {url} ({type(error).__name__}): {by_hand}")
-    # a proxy may answer with a page of its own, so the content is compared with what is expected
+        fail(f"cannot download {url} ({type(error).__name__}): {advice}")
+    # a proxy may return an error page instead of the file, so verify the checksum
     actual = hashlib.sha256(response.content).hexdigest()
     if actual != sha256:
-        fail(f"{url} has SHA-256 {actual} instead of {sha256}: {by_hand}")
+        fail(f"{url} has SHA-256 {actual} instead of {sha256}: {advice}")
     # write to another name first, so that path never has half of the file
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f"{path}.tmp", "wb") as file:
@@ -75,7 +74,10 @@ def download_tiny_shakespeare():
 
 # --- copied block: read_text ---
 def read_text(path):
-    """Return the text of a UTF-8 file with its line endings unchanged. Exits if there is none."""
+    """Return the text of a UTF-8 file with its line endings unchanged.
+
+    Exits with an error if the file cannot be read, is empty or is not UTF-8.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # utf-8-sig drops a byte order mark
             text = file.read()
@@ -132,13 +134,14 @@ def tokenize(tokenizer, text):
 
     Raises ValueError if tiktoken cannot tokenize the text.
     """
-    # tiktoken fails at 999,999 blanks in a row, and not with an ordinary exception. GPT-2's regular
-    # expression needs one entry of a stack of limited size for each of them.
+    # tiktoken crashes on about a million whitespace characters in a row, because GPT-2's regular
+    # expression then overflows its stack. 999,000 is a safe limit.
     if tokenizer.name == "gpt2":
         longest_run = max(map(len, re.findall(r"\s+", text)), default=0)
         if longest_run >= 999_000:
             raise ValueError(
-                f"the text has {longest_run:,} blanks in a row, more than tiktoken can tokenize: remove some of them"
+                f"the text has {longest_run:,} whitespace characters in a row, more than tiktoken can "
+                "tokenize: remove some of them"
             )
     # encode_ordinary knows no special tokens: <|endoftext|> in the text is text like any other
     tokens = tokenizer.encode_ordinary(text)
@@ -146,7 +149,7 @@ def tokenize(tokenizer, text):
 
 
 # --- copied block: write_tokenizer_files ---
-GPT2_FILES = {  # names for Hugging Face: OpenAI's names, SHA-256
+GPT2_FILES = {  # Hugging Face's file name: (OpenAI's file name, SHA-256)
     "vocab.json": ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     "merges.txt": ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
@@ -154,9 +157,10 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 
 
 def write_tokenizer_files(name, directory):
-    """Write vocab.json and merges.txt, from which transformers builds the tokenizer, into directory.
+    """Write the tokenizer files of transformers, vocab.json and merges.txt, into directory.
 
-    For "gpt2" they are OpenAI's files, which tiktoken has in its cache once get_tokenizer("gpt2") has been called.
+    For "gpt2" they are OpenAI's files. tiktoken has them in its cache once get_tokenizer("gpt2") has
+    been called.
     """
     if name == "gpt2":
         for file_name, (original_name, sha256) in GPT2_FILES.items():
@@ -184,7 +188,10 @@ def write_tokenizer_files(name, directory):
 # -------------------------------------------------------------------------------------- data set
 # --- copied block: read_json ---
 def read_json(path):
-    """Return the JSON object in a file as a dict. Raises ValueError if there is no such object, OSError if no file."""
+    """Return the JSON object in a file as a dict.
+
+    Raises ValueError if the content is not a JSON object, OSError if the file cannot be read.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
     try:
@@ -222,12 +229,15 @@ def check_shards(shards, path):
 
 
 def read_meta(directory):
-    """Return the checked content of a data set's meta.json. Raises ValueError if it is damaged, OSError if missing."""
+    """Return the checked content of a data set's meta.json.
+
+    Raises ValueError if the content is wrong, OSError if the file cannot be read.
+    """
     path = f"{directory}/meta.json"
     meta = read_json(path)
     tokenizer, vocab_size = meta.get("tokenizer"), meta.get("vocab_size")
     if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != vocab_size:
-        raise ValueError(f"{path}: there is no tokenizer {tokenizer!r} with {vocab_size!r} tokens")
+        raise ValueError(f"{path}: tokenizer {tokenizer!r} with vocab_size {vocab_size!r} is not supported")
     check_shards(meta.get("shards"), path)
     return meta
 
@@ -235,16 +245,10 @@ def read_meta(directory):
 # --- end of copied block: read_meta ---
 
 
-def is_complete(out_dir, tokenizer_name, source):
-    """Return whether out_dir already contains this data set, with all files and correct checksums.
-
-    Exits with an error if out_dir contains anything else, which must not be overwritten.
-    """
-    # nothing is there yet
+def check_out_dir(out_dir, tokenizer_name, source):
+    """Exit with an error if out_dir contains other files: they must not be overwritten."""
     if not os.path.isdir(out_dir) or not os.listdir(out_dir):
-        return False
-
-    # the files in out_dir are not a data set of this text
+        return
     try:
         # read_meta checks all names and types: meta.json may have been edited or damaged
         meta = read_meta(out_dir)
@@ -252,14 +256,22 @@ def is_complete(out_dir, tokenizer_name, source):
         fail(f"--out_dir {out_dir} contains other files ({error}): choose another --out_dir")
     if meta["tokenizer"] != tokenizer_name or meta.get("source") != source:
         fail(
-            f"--out_dir {out_dir} contains a data set with another text, --tokenizer or "
+            f"--out_dir {out_dir} contains a data set with another text or file name, --tokenizer or "
             "--val_fraction: choose another --out_dir, or delete it"
         )
 
-    # it is this data set, but it may be damaged or without the files of the tokenizer
-    if [shard.get("split") for shard in meta["shards"]] != ["train", "val"]:
+
+def is_complete(out_dir):
+    """Return whether out_dir contains a data set with all its files and correct checksums.
+
+    Call check_out_dir first, which makes sure that out_dir contains nothing else.
+    """
+    if not os.path.exists(f"{out_dir}/meta.json"):
         return False
-    for shard in meta["shards"]:
+    shards = read_meta(out_dir)["shards"]
+    if [shard.get("split") for shard in shards] != ["train", "val"]:
+        return False
+    for shard in shards:
         path = f"{out_dir}/{shard['file']}"
         if not os.path.isfile(path) or sha256_of(path) != shard.get("sha256"):
             return False
@@ -287,48 +299,50 @@ def write_data_set(out_dir, parts, tokenizer_name, source):
     }
     # All files are written to a temporary directory, which is deleted at the end. It is next to
     # out_dir, because files cannot be renamed from one file system to another.
-    parent = os.path.dirname(out_dir)
-    os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=parent) as workplace:
-        temporary = f"{workplace}/{name}"
-        os.mkdir(temporary)
+    parent_dir = os.path.dirname(out_dir)
+    os.makedirs(parent_dir, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=parent_dir) as temporary_dir:
+        # a directory inside it, which can be renamed while TemporaryDirectory still deletes its own
+        new_dir = f"{temporary_dir}/{name}"
+        os.mkdir(new_dir)
 
         # write the shards and the tokenizer, then meta.json
         for split, text in parts.items():
             tokens = tokenize(tokenizer, text)  # (N,)
             file_name = f"{name}_{split}_000000.npy"
-            np.save(f"{temporary}/{file_name}", tokens)
+            np.save(f"{new_dir}/{file_name}", tokens)
             shard = {
                 "file": file_name,
                 "split": split,
                 "tokens": len(tokens),
-                "sha256": sha256_of(f"{temporary}/{file_name}"),
+                "sha256": sha256_of(f"{new_dir}/{file_name}"),
             }
             meta["shards"].append(shard)
-        write_tokenizer_files(tokenizer_name, temporary)
-        with open(f"{temporary}/meta.json", "w", encoding="utf-8") as file:
+        write_tokenizer_files(tokenizer_name, new_dir)
+        with open(f"{new_dir}/meta.json", "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
 
-        move_files(temporary, out_dir)
+        move_files(new_dir, out_dir)
     return meta
 
 
 def move_files(source_dir, out_dir):
-    """Rename source_dir to out_dir, so that the data set appears with all its files or not at all.
+    """Rename source_dir to out_dir atomically.
 
-    If that is not possible, the files are renamed one by one, meta.json last. This happens if
-    out_dir exists (a damaged data set is repaired), or if directories cannot be renamed, as on some
-    file systems of clouds.
+    If that is impossible, move the files one by one. This happens if out_dir exists (a damaged data
+    set is repaired), or if directories cannot be renamed, as on some cloud file systems.
     """
     try:
         os.replace(source_dir, out_dir)
         return
     except OSError:
-        # No file of out_dir is deleted: it may contain files that are not part of the data set.
-        os.makedirs(out_dir, exist_ok=True)
-    # Readers take a directory without meta.json for shards of another project.
-    file_names = [name for name in os.listdir(source_dir) if name != "meta.json"]
-    for file_name in [*file_names, "meta.json"]:
+        pass  # continue below
+    # No file of out_dir is deleted: it may contain files that are not part of the data set.
+    os.makedirs(out_dir, exist_ok=True)
+    # meta.json comes first. Until all files are there, readers then report a missing shard or a wrong
+    # checksum. Without meta.json, they would take the directory for GPT-2 tokens of another project.
+    file_names = [name for name in sorted(os.listdir(source_dir)) if name != "meta.json"]
+    for file_name in ["meta.json", *file_names]:
         os.replace(f"{source_dir}/{file_name}", f"{out_dir}/{file_name}")
 
 
@@ -336,7 +350,8 @@ def move_files(source_dir, out_dir):
 # --- copied block: fail ---
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    one_line = " ".join(str(message).split())  # some messages have several lines
+    print(f"error: {one_line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -347,8 +362,9 @@ def fail(message):
 def run_script(main):
     """Call main() with output that suits terminals, pipes and files.
 
-    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
-    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the
+    program that reads the output has ended, as in "| head", the script ends silently. Any other
+    OSError, for example a full disk, is reported in one line.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
     for name in ("stdout", "stderr"):
@@ -364,7 +380,7 @@ def run_script(main):
         os._exit(0)  # a normal exit would write to the closed pipe again
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        os._exit(1)
+        os._exit(1)  # a normal exit would try to flush stdout again
 
 
 # --- end of copied block: run_script ---
@@ -372,19 +388,28 @@ def run_script(main):
 
 def parse_args():
     """Parse and check the flags."""
-    as_written = argparse.RawTextHelpFormatter  # keeps the line breaks of the docstring
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}: see --help")  # argparse's own errors in one line
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("--input", default="input.txt", help="UTF-8 text file (default: input.txt)")
-    download_help = f"download Tiny Shakespeare (1.1 MB) to {TINY_SHAKESPEARE_PATH} and use it"
-    text.add_argument("--download", action="store_true", help=download_help)
-    add = parser.add_argument
-    add("--out_dir", default="shakespeare", help="directory to write to (default: shakespeare)")
-    tokenizer_help = "bytes: one token per byte; gpt2: GPT-2's tokens (default: bytes)"
-    add("--tokenizer", choices=["bytes", "gpt2"], default="bytes", help=tokenizer_help)
-    fraction_help = "fraction of the text that is kept for validation (default: 0.1)"
-    add("--val_fraction", type=float, default=0.1, help=fraction_help)
+    text_group = parser.add_mutually_exclusive_group()
+    text_group.add_argument("--input", default="input.txt", help="UTF-8 text file (default: input.txt)")
+    text_group.add_argument(
+        "--download",
+        action="store_true",
+        help=f"download Tiny Shakespeare (1.1 MB) to {TINY_SHAKESPEARE_PATH} and use it",
+    )
+    parser.add_argument("--out_dir", default="shakespeare", help="directory to write to (default: shakespeare)")
+    parser.add_argument(
+        "--tokenizer",
+        choices=["bytes", "gpt2"],
+        default="bytes",
+        help="bytes: one token per byte; gpt2: GPT-2's tokens (default: bytes)",
+    )
+    parser.add_argument(
+        "--val_fraction",
+        type=float,
+        default=0.1,
+        help="fraction of the text that is kept for validation (default: 0.1)",
+    )
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         fail(f"--val_fraction is {args.val_fraction}: it must be between 0 and 1")
@@ -407,8 +432,8 @@ def main():
             f"{args.val_fraction}: use a longer text"
         )
 
-    # the source goes into meta.json, so that a later run can see whether the data set is
-    # that of its text
+    # the source goes into meta.json, so that a later run can see whether out_dir contains the data
+    # set of the same text
     source = {
         "input": os.path.basename(path),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -416,7 +441,8 @@ def main():
     }
 
     # do nothing if an earlier run has already written this data set
-    if is_complete(args.out_dir, args.tokenizer, source):
+    check_out_dir(args.out_dir, args.tokenizer, source)
+    if is_complete(args.out_dir):
         print(f"{args.out_dir} already contains this data set")
         return
 
@@ -427,7 +453,7 @@ def main():
         fail(f"{error}, or use --tokenizer bytes")
     except OSError as error:
         fail(f"cannot write --out_dir {args.out_dir} ({error}): choose another --out_dir")
-    # say what there is now
+    # print what was written
     for shard in meta["shards"]:
         print(f"{args.out_dir}/{shard['file']}: {shard['tokens']:,} tokens")
 

@@ -477,7 +477,10 @@ def sha256_of(path):
 # --- end of copied block: sha256_of ---
 # --- copied block: read_json ---
 def read_json(path):
-    """Return the JSON object in a file as a dict. Raises ValueError if there is no such object, OSError if no file."""
+    """Return the JSON object in a file as a dict.
+
+    Raises ValueError if the content is not a JSON object, OSError if the file cannot be read.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
     try:
@@ -513,12 +516,15 @@ def check_shards(shards, path):
 
 
 def read_meta(directory):
-    """Return the checked content of a data set's meta.json. Raises ValueError if it is damaged, OSError if missing."""
+    """Return the checked content of a data set's meta.json.
+
+    Raises ValueError if the content is wrong, OSError if the file cannot be read.
+    """
     path = f"{directory}/meta.json"
     meta = read_json(path)
     tokenizer, vocab_size = meta.get("tokenizer"), meta.get("vocab_size")
     if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != vocab_size:
-        raise ValueError(f"{path}: there is no tokenizer {tokenizer!r} with {vocab_size!r} tokens")
+        raise ValueError(f"{path}: tokenizer {tokenizer!r} with vocab_size {vocab_size!r} is not supported")
     check_shards(meta.get("shards"), path)
     return meta
 
@@ -818,7 +824,7 @@ class BatchLoader:
 # ------------------------------------------------------------------------------------ optimizer
 # --- copied block: get_lr ---
 def get_lr(step, learning_rate, warmup_steps, max_steps):
-    """Return the learning rate of a step: linear warmup, then cosine decay to 10 % of the peak at max_steps."""
+    """Return the learning rate of a step: linear warmup, then cosine decay to 10% of the peak at max_steps."""
     min_lr = 0.1 * learning_rate
     # 1) linear warmup; step 0 already has a learning rate above 0
     if step < warmup_steps:
@@ -1617,10 +1623,10 @@ SHAKESPEARE = {
     "n_embd": 128,
     "block_size": 64,
     "total_batch_size": 1024,
-    "max_steps": 1500,
-    "optimizer": "adamw",
-    "learning_rate": 3e-3,
-    "schedule": "cosine",
+    "max_steps": 1100,
+    "optimizer": "muon",
+    "learning_rate": 8e-3,
+    "schedule": "linear",
     "warmup_steps": 100,
     "eval_interval": 250,
     "val_tokens": 48000,
@@ -1806,8 +1812,9 @@ def check_args(args):
 def run_script(main):
     """Call main() with output that suits terminals, pipes and files.
 
-    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the reader of the
-    output has ended, as in "| head", the script ends silently; if a disk is full, it ends with a one-line error.
+    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the
+    program that reads the output has ended, as in "| head", the script ends silently. Any other
+    OSError, for example a full disk, is reported in one line.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
     for name in ("stdout", "stderr"):
@@ -1823,13 +1830,17 @@ def run_script(main):
         os._exit(0)  # a normal exit would write to the closed pipe again
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        os._exit(1)
+        os._exit(1)  # a normal exit would try to flush stdout again
 
 
 # --- end of copied block: run_script ---
 # --- copied block: pick_device ---
 def pick_device(name):
-    """Return the torch.device with this name. "auto" is the accelerator if there is one, otherwise the CPU."""
+    """Return the torch.device with this name.
+
+    "auto" is the accelerator if there is one, otherwise the CPU. Exits with an error if the device
+    is not available.
+    """
     if name == "auto":
         device = torch.accelerator.current_accelerator(check_available=True)
         if device is None and shutil.which("nvidia-smi"):  # the NVIDIA driver is installed
@@ -1844,6 +1855,7 @@ def pick_device(name):
         probe.item()  # fails on the device "meta", which has no memory
         return probe.device
     except (AssertionError, ImportError, NotImplementedError, RuntimeError):
+        # unknown names, missing drivers and missing back ends raise different errors
         fail(f"--device {name} is not available here: omit it, or use --device cpu")
 
 
@@ -2198,6 +2210,7 @@ PEAK_FLOPS = (
     ("L40S", 362e12, 183e12),
     ("L4", 121e12, 60e12),
     ("T4", 65e12, 8.1e12),
+    ("V100-PCIE", 112e12, 14e12),
     ("V100", 125e12, 15.7e12),
     ("RTX 5090", 209.5e12, 104.8e12),
     ("RTX 4090", 165.2e12, 82.6e12),
@@ -2218,7 +2231,7 @@ def peak_flops(device, dtype, world_size):
             if dtype == "float32":
                 return world_size * peak_32_bit
             # these two do not have bfloat16
-            if dtype == "bfloat16" and name in ("T4", "V100"):
+            if dtype == "bfloat16" and name in ("T4", "V100-PCIE", "V100"):
                 return None
             return world_size * peak_16_bit
     return None
@@ -2447,7 +2460,7 @@ def run_rank():
     status = 1
     try:
         main()
-        return
+        status = 0
     except SystemExit as error:
         status = error.code
     except UserError as error:  # it occurs on every rank
@@ -2471,7 +2484,8 @@ def run_rank():
             report_error(error)
         else:
             traceback.print_exc()
-    exit_process(status)
+    if status != 0 or "RANK" in os.environ:
+        exit_process(status)
 
 
 def is_out_of_memory(error):
@@ -2482,10 +2496,15 @@ def is_out_of_memory(error):
 
 
 def exit_process(status):
-    """Exit. Under torchrun, do it at once: a normal exit could wait forever for a rank that has crashed."""
+    """Exit. Under torchrun, do it at once.
+
+    A normal exit could wait forever for a rank that has crashed, and a thread of gloo that is still running could
+    abort the process while Python shuts down.
+    """
     if "RANK" not in os.environ:
         sys.exit(status)
-    sys.stdout.flush()
+    with suppress(OSError):  # the terminal may be closed
+        sys.stdout.flush()
     os._exit(status)
 
 

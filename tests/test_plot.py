@@ -104,37 +104,61 @@ def test_the_curves_show_the_values_of_the_log(tmp_path):
 
 def test_smoothing_is_a_mean_around_each_point():
     values = np.random.default_rng(0).normal(size=1000)
-    for i, value in enumerate(load("plot").smooth(values)):
+    indices, means = load("plot").smooth(values)
+    assert indices.tolist() == list(range(1000))
+    for i, mean in enumerate(means):
         reach = min(i, 10)
-        assert math.isclose(value, sum(values[i - reach : i + reach + 1]) / min(2 * reach + 1, 1010 - i), abs_tol=1e-12)
+        window = values[i - reach : i + reach + 1]
+        assert math.isclose(mean, sum(window) / min(2 * reach + 1, 1010 - i), abs_tol=1e-12)
 
 
 def test_a_spike_does_not_blur_the_mean_of_later_steps():
     values = np.ones(1000)
     values[100] = 1e30
-    assert np.array_equal(load("plot").smooth(values)[111:], np.ones(889))
+    _, means = load("plot").smooth(values)
+    assert np.array_equal(means[111:], np.ones(889))
 
 
-@pytest.mark.parametrize("num_values", [0, 1, 2, 99, 100, 101, 399, 1000, 2345])
+@pytest.mark.parametrize("num_values", [0, 1, 2, 99, 100, 101, 399, 1000, 2345, 5000, 5001, 12345])
 def test_smoothing_equals_plain_means_for_every_length(num_values):
     values = np.random.default_rng(num_values).normal(size=num_values)
+    indices, means = load("plot").smooth(values)
     reach = num_values // 100
     expected = []
-    for i in range(num_values):
+    for i in indices.tolist():
         before = min(i, reach)
-        expected.append(np.mean(values[i - before : i + before + 1]))
-    actual = load("plot").smooth(values)
-    assert actual.shape == values.shape
-    assert np.allclose(actual, expected, rtol=0, atol=1e-12)
+        window = values[i - before : i + before + 1].tolist()
+        expected.append(math.fsum(window) / len(window))
+    assert means.shape == indices.shape
+    assert np.allclose(means, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_values", [5001, 12345, 600_000])
+def test_the_means_of_a_long_run_are_spread_evenly_from_its_first_to_its_last_step(num_values):
+    indices, _ = load("plot").smooth(np.zeros(num_values))
+    assert len(indices) == 5000
+    assert (indices[0], indices[-1]) == (0, num_values - 1)
+    steps_between = np.diff(indices)
+    assert steps_between.min() >= 1
+    assert steps_between.max() - steps_between.min() <= 1
 
 
 def test_smoothing_takes_linear_time():
-    """Plain means over windows of 12,000 values would take seconds for 600,000 values."""
+    """Plain means over windows of 12,000 values around each of 600,000 values would take seconds."""
     plot = load("plot")
     values = np.random.default_rng(0).normal(size=600_000)
     start = time.process_time()
     plot.smooth(values)
     assert time.process_time() - start < 1.0
+
+
+def test_the_thick_line_of_a_long_run_is_at_the_right_steps(tmp_path):
+    log = "".join(f"{step} train {step / 1000}\n" for step in range(20_000))
+    figure = draw([write_run(tmp_path / "log", log)], tmp_path)
+    (x, y), (mean_x, mean_y) = series(figure, "loss")
+    assert len(x) == 20_000 and len(mean_x) == 5000
+    middle = mean_x < 19_000  # the last windows are cut off
+    assert np.allclose(mean_y[middle], mean_x[middle] / 1000)
 
 
 def test_runs_are_drawn_in_different_colors(tmp_path):
@@ -360,6 +384,7 @@ def test_the_picture_of_a_real_run(tmp_path, byte_shards):
         (["nan"], ["nan/log.txt", "nothing to draw"]),
         (["odd"], ["odd/log.txt", "nothing to draw"]),
         (["good", "nosuch"], ["nosuch/log.txt"]),
+        (["empty", "nan"], ["nothing to draw", "empty/log.txt, nan/log.txt"]),
         (["good", "--output", "nosuch/a.png"], ["nosuch/a.png", "--output"]),
         (["good", "--output", "good"], ["good"]),
         (["good", "--output", "a.foo"], ["foo", "png"]),

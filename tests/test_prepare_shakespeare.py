@@ -305,22 +305,47 @@ def test_data_set_is_written_where_directories_cannot_be_renamed(simulation, tmp
     assert names_in(tmp_path / "out") == files_of("out")
 
 
-def test_meta_json_comes_last_where_directories_cannot_be_renamed(tmp_path, text_file, monkeypatch):
-    module = load("prepare_shakespeare")
+def move_at_most(module, count, monkeypatch):
+    """Make module move files one by one, and fail with a disk error after count of them."""
     replace = os.replace
-    order = []
+    moved = []
 
     def replace_files_only(source, target):
         if os.path.isdir(source):
-            raise OSError(38, "Function not implemented")
-        order.append(os.path.basename(target))
+            raise OSError(errno.ENOSYS, "Function not implemented")
+        if len(moved) == count:
+            raise OSError(errno.EIO, "Input/output error")
         replace(source, target)
+        moved.append(os.path.basename(target))
 
     monkeypatch.setattr(module.os, "replace", replace_files_only)
+    return moved
+
+
+def test_meta_json_comes_first_where_directories_cannot_be_renamed(tmp_path, text_file, monkeypatch):
+    module = load("prepare_shakespeare")
+    moved = move_at_most(module, 5, monkeypatch)
     done = call(module, "--input", text_file, "--out_dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert sorted(order) == files_of("out")
-    assert order[-1] == "meta.json"
+    assert sorted(moved) == files_of("out")
+    assert moved[0] == "meta.json"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_data_set_that_is_moved_in_part_is_not_read_and_is_completed(count, tmp_path, text_file, monkeypatch):
+    """train_gpt2.py refuses the directory until both shards are there, and a second run adds the other files."""
+    flags = ["--input", text_file, "--out_dir", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        module = load("prepare_shakespeare")
+        moved = move_at_most(module, count, patch)
+        assert_user_error(call(module, *flags), "Input/output error", "--out_dir")
+    assert names_in(tmp_path / "out") == sorted(moved)
+    if not {"out_train_000000.npy", "out_val_000000.npy"} <= set(moved):
+        with pytest.raises(ValueError, match="is missing, but meta.json lists it"):
+            load("train_gpt2").read_data_set(str(tmp_path / "out"))
+    assert call("prepare_shakespeare", *flags).returncode == 0
+    assert names_in(tmp_path / "out") == files_of("out")
+    assert "already contains" in call("prepare_shakespeare", *flags).stdout
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -497,16 +522,16 @@ def test_vocabulary_that_cannot_be_loaded_is_an_error(reason, text_file, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_million_blanks_in_a_row_are_an_error_with_gpt2_tokens_only(tmp_path, tiktoken_cache):
+def test_a_million_whitespace_characters_in_a_row_are_an_error_with_gpt2_tokens_only(tmp_path, tiktoken_cache):
     (tmp_path / "text.txt").write_text("a" + "\n" * 1_100_000 + "b" * 10_000)
     flags = ["--input", "text.txt", "--val_fraction", 0.001]
     done = run("prepare_shakespeare", *flags, "--tokenizer", "gpt2", cwd=tmp_path)
-    assert_user_error(done, "1,100,000 blanks", "--tokenizer bytes")
+    assert_user_error(done, "1,100,000 whitespace characters", "--tokenizer bytes")
     assert names_in(tmp_path) == ["text.txt"]
     assert run("prepare_shakespeare", *flags, cwd=tmp_path).returncode == 0
 
 
-def test_the_longest_allowed_run_of_blanks_can_be_tokenized(tiktoken_cache):
+def test_the_longest_allowed_run_of_whitespace_can_be_tokenized(tiktoken_cache):
     enc = prepare.get_tokenizer("gpt2")
     text = "a" + "\n" * 998_999 + "b"
     assert enc.decode(prepare.tokenize(enc, text)[1:].tolist()) == text

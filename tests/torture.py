@@ -103,9 +103,20 @@ class Run:
             time.sleep(0.0005)  # a checkpoint of this model is written in a few milliseconds
         return False
 
-    def wait(self):
-        """Wait until all processes have ended. Returns (exit statuses, error messages)."""
-        errors = [process.communicate()[1].strip() for process in self.processes]
+    def wait(self, grace=None):
+        """Wait until all processes have ended. Returns (exit statuses, error messages).
+
+        After grace seconds the rest is killed: torchrun does that with ranks that wait in vain for one that was
+        killed before it had joined the others.
+        """
+        errors = []
+        for process in self.processes:
+            try:
+                _, error = process.communicate(timeout=grace)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                _, error = process.communicate()
+            errors.append(error.strip())
         statuses = [process.returncode for process in self.processes]
         return statuses, "; ".join(error for error in errors if error)
 
@@ -124,7 +135,7 @@ class Run:
     def kill(self, rng):
         """Kill one process at a random moment. Returns a description, or None if the run was complete before.
 
-        The other ranks notice it and end by themselves, as under torchrun.
+        The other ranks notice it and end by themselves, unless they still wait for the victim to join them.
         """
         kind = rng.choices(["write", "training", "start-up"], [6, 3, 1])[0]
         victim = rng.choice(self.processes)
@@ -179,7 +190,7 @@ def torture(data_dir, log_dir, num_ranks, expected, rng):
     while True:
         run = Run(data_dir, log_dir, num_ranks)
         moment = run.kill(rng) if len(kills) < num_kills else None
-        statuses, errors = run.wait()
+        statuses, errors = run.wait(grace=None if moment is None else 20)
         if moment is None:
             break
         kills.append(moment)
