@@ -1,10 +1,11 @@
 """
-Turn FineWeb-Edu, or any parquet files with a text column, into the token shards of train_gpt2.py.
+Turn FineWeb-Edu, or any parquet files with a text column, into token shards that train_gpt2.py reads.
 
     python fineweb.py                          # sample-10BT of FineWeb-Edu from the Hugging Face Hub
     python fineweb.py --max_tokens 300000000   # only its first 300M tokens
     python fineweb.py --source 'books/*.parquet' --local_dir books_tokens      # local files
-    python fineweb.py --rank 0 --world_size 4  # on one of four machines; when all are done: --finish
+    python fineweb.py --rank 0 --world_size 4  # on the first of four machines
+    python fineweb.py --finish                 # when all four machines are done
     python fineweb.py --verify edu_fineweb10B  # verify and summarize a directory of shards
 
 Reads parquet files from this machine or from the Hub. Writes into LOCAL_DIR the shards
@@ -12,10 +13,14 @@ edufineweb_val_000000.npy, edufineweb_train_000001.npy, ..., the tokenizer's voc
 and finally meta.json, which describes the shards. A shard is a one-dimensional uint16 array, with
 <|endoftext|> before each document.
 
+The first shard is the validation split, and all others are for training. For a small data set,
+choose a --shard_size of about one tenth of its tokens. A data set without a training shard is an
+error, and the error message says which --shard_size to use.
+
 If interrupted, run the same command again to continue: at most one shard of work is repeated.
 A shard is collected in memory, 200 MB by default. Disk space: 2 bytes per token, and two parquet
-files of 2 GB. Two CPU cores tokenize 5 to 9 million tokens per second, so the network decides:
-sample-10BT (10 billion tokens, 27 GB of downloads) takes half an hour to an hour.
+files of 2 GB. Two CPU cores tokenize 5 to 9 million tokens per second, so the download usually takes
+longer: sample-10BT (10 billion tokens, 27 GB) takes half an hour to an hour.
 
 Sections: tokenizing, parquet files, shards and state, making a data set, finishing, verifying,
 shared functions, command line.
@@ -55,15 +60,9 @@ SUBSETS = {  # --remote_name: folder in the FineWeb-Edu repository
 }
 BATCH_SIZE = 64  # documents per task of a thread, about 20 ms of work
 DOWNLOAD_ATTEMPTS = 8  # with pauses of 1, 2, 4, ... seconds between them
-
-# GPT-2's pattern for splitting text into words, without its alternative \s+(?!\S).
-# encode_documents explains why.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
-# The 25 characters that \s matches in GPT-2's pattern, in the notation of a character class: [...].
-SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-# Two characters that hardly any document contains represent special tokens while texts are encoded.
-BEGIN = "\0"  # becomes <|endoftext|>
-CUT = "\1"  # its token is removed
+# Slurm numbers the steps that srun starts from 0 on. The steps of batch scripts and interactive shells
+# have special numbers, from this one on.
+FIRST_SPECIAL_STEP = 2**32 - 16
 
 
 # -------------------------------------------------------------------------------- tokenizing
@@ -94,6 +93,16 @@ def get_tokenizer(name):
 # --- end of copied block: get_tokenizer ---
 
 
+# GPT-2's pattern for splitting text into words, without its alternative \s+(?!\S).
+# encode_documents explains why.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+# The 25 characters that \s matches in GPT-2's pattern, in the notation of a character class: [...].
+SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# Two characters that hardly any document contains represent special tokens while texts are encoded.
+BEGIN = "\0"  # becomes <|endoftext|>
+CUT = "\1"  # its token is removed
+
+
 def without_look_ahead(encoding):
     """Return a copy of a tiktoken.Encoding that uses PATTERN and has tokens for BEGIN and CUT."""
     # The ids of all tokens except <|endoftext|>, which is the last one, are their ranks.
@@ -108,11 +117,11 @@ def without_look_ahead(encoding):
     )
 
 
-def encode_documents(fast, texts):
+def encode_documents(fast_encoding, texts):
     """Return the tokens of documents, with <|endoftext|> before each, as a uint32 array.
 
-    fast is what without_look_ahead returns; texts is a pyarrow array of large_string without nulls.
-    The tokens are those of encode_ordinary, at twice its speed.
+    fast_encoding is what without_look_ahead returns; texts is a pyarrow array of large_string without
+    nulls. The tokens are those of encode_ordinary, at twice its speed.
     """
     # GPT-2 splits text into words and runs of spaces before it merges bytes. Of several spaces in
     # front of a word, the last one belongs to the word. GPT-2's pattern finds it by looking ahead:
@@ -124,11 +133,11 @@ def encode_documents(fast, texts):
     #     PATTERN              "a   b"       ->  "a", "   ", "b"      (wrong)
     #     PATTERN, with a cut  "a  " + " b"  ->  "a", "  ", " b"
     #
-    # A cut is needed between two spaces in front of anything else, and nowhere else: a single space
-    # is never split, and spaces at the end of a text have nothing to leave a space to.
+    # A cut belongs between two whitespace characters that are followed by another character. Trailing
+    # whitespace needs no cut: \s+ takes all of it in both patterns.
     before_cut = f"[{SPACE}]"
     after_cut = f"[{SPACE}][^{SPACE}]"
-    cut_token = fast.max_token_value
+    cut_token = fast_encoding.max_token_value
     end_of_text = cut_token - 1
 
     # Rare: a document contains a placeholder itself. Split the texts, and encode piece by piece.
@@ -138,13 +147,13 @@ def encode_documents(fast, texts):
         for text in texts.to_pylist():
             tokens.append(end_of_text)
             for piece in cut_position.split(text):
-                tokens.extend(fast.encode_ordinary(piece))
+                tokens.extend(fast_encoding.encode_ordinary(piece))
         return np.array(tokens, np.uint32)
 
     # Otherwise encode all documents at once: BEGIN text BEGIN text ..., with CUT inside the texts.
     texts = pc.replace_substring_regex(texts, f"({before_cut})({after_cut})", f"\\1{CUT}\\2")
     joined = "".join(BEGIN + text for text in texts.to_pylist())
-    tokens = fast.encode_to_numpy(joined, allowed_special={BEGIN, CUT})
+    tokens = fast_encoding.encode_to_numpy(joined, allowed_special={BEGIN, CUT})
     return tokens[tokens != cut_token]
 
 
@@ -159,30 +168,30 @@ class Batch:
     fraction: float = 0.0  # of the file's rows, up to the end of this batch
 
 
-def tokenize(fast, texts):
+def tokenize(fast_encoding, texts):
     """Tokenize a pyarrow array of texts, without those that are null or empty. Returns a Batch."""
     rows = len(texts)
     # The cast is free for string columns. It decodes dictionaries, and copies string_view.
     texts = texts.cast(pa.large_string())
     texts = texts.filter(pc.greater(pc.binary_length(texts), 0))
     return Batch(
-        tokens=encode_documents(fast, texts).astype("<u2"),
+        tokens=encode_documents(fast_encoding, texts).astype("<u2"),
         rows=rows,
         text_bytes=pc.sum(pc.binary_length(texts)).as_py() or 0,
         empty=rows - len(texts),
     )
 
 
-def map_ahead(pool, function, items, number):
+def map_in_order(pool, function, items, max_pending):
     """Yield function(item) for each item, in order, computed in a pool of threads.
 
-    The pool works on up to `number` items ahead of the one that is yielded.
+    The pool works on up to max_pending items after the one that is yielded.
     """
     # tiktoken and pyarrow release Python's global lock, so threads use all cores.
     pending = deque()
     for item in items:
         pending.append(pool.submit(function, item))
-        if len(pending) > number:
+        if len(pending) > max_pending:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
@@ -197,10 +206,11 @@ def read_texts(parquet, column, first_row):
         row += len(batch)
 
 
-def tokenize_file(pool, fast, path, column, first_row, look_ahead):
+def tokenize_file(pool, fast_encoding, path, column, first_row, max_pending):
     """Tokenize a parquet file in the threads of a pool. Yields a Batch per BATCH_SIZE rows.
 
-    first_row is 0 or the end of a Batch. Raises ValueError if the file cannot be used.
+    first_row is 0 or the end of a Batch. Up to max_pending batches are computed in advance. Raises
+    ValueError if the file cannot be used.
     """
     try:
         # Without buffer_size, pyarrow keeps whole row groups in memory.
@@ -208,7 +218,8 @@ def tokenize_file(pool, fast, path, column, first_row, look_ahead):
             check_text_column(path, parquet.schema_arrow, column)
             row = first_row
             texts = read_texts(parquet, column, first_row)
-            for batch in map_ahead(pool, functools.partial(tokenize, fast), texts, look_ahead):
+            tokenize_texts = functools.partial(tokenize, fast_encoding)
+            for batch in map_in_order(pool, tokenize_texts, texts, max_pending):
                 row += batch.rows
                 batch.fraction = row / parquet.metadata.num_rows
                 yield batch
@@ -290,11 +301,11 @@ class HubFiles:
                 os.remove(path)
                 raise OSError(f"incomplete download: expected {size} bytes")
 
-        ask_hub(fetch, name)
+        ask_hub(fetch, name, DOWNLOAD_ATTEMPTS)
         return path
 
     def delete_before(self, index):
-        """Delete the downloads of all files before index, which are not needed any more."""
+        """Delete the downloads of all files before index, unless they are to be kept."""
         if self.keep:
             return
         for name, _ in self.files[self.deleted : index]:
@@ -303,20 +314,19 @@ class HubFiles:
         self.deleted = index
 
     def delete_all(self):
-        """Delete the folder of the downloads."""
+        """Delete the folder of the downloads, unless they are to be kept."""
         if not self.keep:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def ask_hub(function, what, attempts=None):
+def ask_hub(function, description, attempts):
     """Call a function, with growing pauses between attempts while the Hub is unavailable.
 
-    Raises ValueError if all attempts fail.
+    description says what is asked for. Raises ValueError if all attempts fail.
     """
     from huggingface_hub import constants  # imported here because it is slow
 
-    attempts = attempts or DOWNLOAD_ATTEMPTS
-    for attempt in range(attempts):
+    for attempt in range(1, attempts + 1):
         try:
             return function()
         except Exception as error:  # errors of the Hub, of HTTP and of transfers share no base class
@@ -324,14 +334,12 @@ def ask_hub(function, what, attempts=None):
             status = getattr(getattr(error, "response", None), "status_code", None)
             # Asking again is useless for data that does not exist or may not be read.
             final = status in (401, 403, 404) or isinstance(error, ValueError)
-        if final:
-            break
-        if attempt + 1 < attempts:
-            time.sleep(2**attempt)
-    raise ValueError(
-        f"cannot get {what} from {constants.ENDPOINT} ({reason}): check --repo_id, --remote_name "
-        "and HF_TOKEN, or pass local parquet files with --source"
-    )
+            if final or attempt == attempts:
+                raise ValueError(
+                    f"cannot get {description} from {constants.ENDPOINT} ({reason}): check --repo_id, "
+                    "--remote_name and HF_TOKEN, or pass local parquet files with --source"
+                ) from None
+        time.sleep(2 ** (attempt - 1))
 
 
 def list_hub_files(repo_id, remote_name):
@@ -343,14 +351,22 @@ def list_hub_files(repo_id, remote_name):
 
     api = HfApi()
     folder = SUBSETS.get(remote_name, remote_name) or None
-    attempts = min(DOWNLOAD_ATTEMPTS, 3)  # a wrong address should be reported soon
+    # few attempts, because a wrong address should be reported soon
+    attempts = min(DOWNLOAD_ATTEMPTS, 3)
     commit = ask_hub(lambda: api.dataset_info(repo_id).sha, f"data set {repo_id}", attempts)
 
     def list_folder():
-        where = {"repo_id": repo_id, "repo_type": "dataset", "revision": commit}
-        return list(api.list_repo_tree(path_in_repo=folder, recursive=True, **where))
+        entries = api.list_repo_tree(
+            repo_id=repo_id,
+            path_in_repo=folder,
+            recursive=True,
+            revision=commit,
+            repo_type="dataset",
+        )
+        return list(entries)
 
-    entries = ask_hub(list_folder, f"subset {remote_name} of data set {repo_id}")
+    description = f"subset {remote_name} of data set {repo_id}"
+    entries = ask_hub(list_folder, description, DOWNLOAD_ATTEMPTS)
     files = sorted([entry.path, entry.size] for entry in entries if entry.path.endswith(".parquet"))
     if not files:
         raise ValueError(f"subset {remote_name} of {repo_id} is empty: check --remote_name")
@@ -375,7 +391,8 @@ def find_local_files(patterns):
 def describe_local_file(path):
     """Return [name, bytes, SHA-256 of the footer] of a parquet file.
 
-    The checksum shows whether a file has been replaced by another one of the same name and size.
+    In most cases, the checksum shows whether a file has been replaced by another one of the same name
+    and size.
     """
     # A parquet file ends with its footer, the footer's length in 4 bytes, and "PAR1". The footer
     # contains the sizes and the smallest and largest values of all columns.
@@ -390,7 +407,7 @@ def describe_local_file(path):
 # -------------------------------------------------------------------------- shards and state
 @dataclass
 class State:
-    """What a later run needs to continue after the last finished shard, stored as state_RANK.json."""
+    """The progress of one rank, from which a later run continues. Stored as state_RANK.json."""
 
     settings: dict  # as in meta.json: tokenizer, vocab_size, eot_token, source
     rank: int
@@ -429,6 +446,7 @@ def check_state(state, path):
     """Raise ValueError if a State from a file is not what this script writes."""
     for item in fields(State):
         value = getattr(state, item.name)
+        # The annotations of State are plain types, so a field's type can be compared with them.
         if type(value) is not item.type or (item.type is int and value < 0):
             raise ValueError(f"{path}: {item.name} is missing or has a wrong value")
     if os.path.basename(path) != os.path.basename(state_path("", state.rank)):
@@ -441,9 +459,9 @@ def check_state(state, path):
 
 def check_settings(settings, path):
     """Raise ValueError if settings from a state or meta.json are not what this script writes."""
-    tokenizer = settings.get("tokenizer")
-    if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != settings.get("vocab_size"):
-        raise ValueError(f"{path}: tokenizer and vocab_size are not those of a tokenizer")
+    tokenizer, vocab_size = settings.get("tokenizer"), settings.get("vocab_size")
+    if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != vocab_size:
+        raise ValueError(f"{path}: tokenizer {tokenizer!r} with vocab_size {vocab_size!r} is not supported")
     source = settings.get("source")
     if not isinstance(source, dict) or not isinstance(source.get("files"), list):
         raise ValueError(f"{path}: source does not describe parquet files")
@@ -482,12 +500,14 @@ class ShardWriter:
 
     @property
     def full(self):
-        """Whether there are as many tokens as --max_tokens and --max_shards allow."""
+        """Return whether --max_tokens or --max_shards is reached."""
         return self.state.tokens >= self.limit
 
     def add(self, batch):
         """Add the tokens of a Batch, write the shards that it fills, and advance the state."""
         state = self.state
+        # skip counts the tokens of this batch that are already in the buffer or in a shard. write_shard
+        # saves it, so a later run continues in the middle of a batch.
         while state.skip < len(batch.tokens) and not self.full:
             # copy as many tokens as the shard and the limit have room for
             room = min(len(self.buffer) - self.used, self.limit - state.tokens)
@@ -517,7 +537,7 @@ class ShardWriter:
         # is for validation.
         number = len(state.shards) * state.settings["source"]["world_size"] + state.rank
         split = "train" if number else "val"
-        name = f"edufineweb_{split}_{number:06d}.npy"
+        name = f"edufineweb_{split}_{number:06d}.npy"  # build-nanogpt's names, also for other data sets
         path = f"{self.directory}/{name}"
         # Only a complete file gets the name of a shard.
         with open(f"{path}.tmp", "wb") as file:
@@ -532,7 +552,7 @@ class ShardWriter:
         self.save_state()
 
     def save_state(self):
-        """Write the state file. Called when no tokens are collected, so the state counts written ones."""
+        """Write the state file. The buffer must be empty: all tokens that the state counts are on disk."""
         write_json(state_path(self.directory, self.state.rank), asdict(self.state))
         self.saved_file = self.state.file
 
@@ -547,42 +567,36 @@ def make_shards(args):
     # find the input, and compare the settings with those that the directory was started with
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise ValueError(f"--local_dir {directory} is a file: choose another --local_dir")
-    settings, paths = choose_settings(args, encoding)
+    settings, paths = get_settings(args, encoding)
     if os.path.exists(f"{directory}/meta.json"):
         finish(directory)  # if a run was killed before its last step
         print(f"{directory} already contains these shards")
         return
+    limit = get_token_limit(args)
 
     # Load the state under the lock. Another run may have written to the directory before.
     os.makedirs(directory, exist_ok=True)
     lock = lock_rank(directory, args.rank)
     if os.path.exists(f"{directory}/meta.json"):
         raise ValueError(f"another run has just finished {directory}: run the same command again")
-    state = State(settings, args.rank)
-    for saved in read_states(directory):
-        check_same_settings(directory, saved.settings, settings)
-        if saved.rank == args.rank:
-            state = saved
-    check_shard_files(directory, state.shards)
+    state = open_state(directory, args.rank, settings)
 
-    # reserve memory for a shard; 0 means no limit
-    limit = min(args.max_tokens or sys.maxsize, (args.max_shards or sys.maxsize) * args.shard_size)
+    # reserve memory for a shard
     check_free_space(directory, min(args.shard_size, limit))
     writer = ShardWriter(directory, state, args.shard_size, limit)
     writer.save_state()  # its file marks the directory as unfinished
 
     # share the files: rank r takes the files r, r + world_size, r + 2 * world_size, ...
-    my_files = settings["source"]["files"][args.rank :: args.world_size]
+    files = settings["source"]["files"]
+    my_files = files[args.rank :: args.world_size]
+    rank_label = f"rank {args.rank} of {args.world_size}"
     if args.world_size > 1:
-        rank, total = f"rank {args.rank} of {args.world_size}", len(settings["source"]["files"])
-        print(f"{rank}: this process tokenizes {len(my_files)} of {total} parquet files")
+        print(f"{rank_label}: this process tokenizes {len(my_files)} of {len(files)} parquet files")
     hub = None
     if paths:
         paths = paths[args.rank :: args.world_size]
     else:
-        folder = f"{directory}/parquet_{args.rank:05d}"
-        revision = settings["source"]["revision"]
-        hub = HubFiles(args.repo_id, revision, my_files, folder, args.keep_parquet)
+        hub = open_hub(args, settings["source"]["revision"], my_files)
 
     # make the shards, and put the directory in order
     sizes = [file[1] for file in my_files]
@@ -601,10 +615,44 @@ def make_shards(args):
     print(f"{state.documents:,} documents ({skipped}), {state.text_bytes:,} bytes of text")
     print(f"{state.tokens:,} tokens in {len(state.shards)} shards, {seconds:.1f} seconds")
     if args.world_size > 1:
-        print(f"{rank} is done: when all are, run fineweb.py --finish --local_dir {directory}")
+        print(f"{rank_label} is done: when all are, run fineweb.py --finish --local_dir {directory}")
 
 
-def tokenize_files(args, fast, paths, hub, sizes, writer):
+def get_token_limit(args):
+    """Return the maximum number of tokens of one rank. Raises ValueError if it leaves none for training."""
+    # 0 means no limit
+    max_tokens = args.max_tokens or sys.maxsize
+    max_shards = args.max_shards or sys.maxsize
+    limit = min(max_tokens, max_shards * args.shard_size)
+    if limit <= args.shard_size and args.world_size == 1:
+        raise ValueError(
+            f"--max_tokens or --max_shards allows {limit} tokens, which --shard_size {args.shard_size} puts "
+            "into the validation shard, with none for training: use a smaller --shard_size or a higher limit"
+        )
+    return limit
+
+
+def open_state(directory, rank, settings):
+    """Return the saved state of a rank, or a new one.
+
+    Raises ValueError if the directory was started with other settings, or a shard is damaged.
+    """
+    state = State(settings, rank)
+    for saved in read_states(directory):
+        check_same_settings(directory, saved.settings, settings)
+        if saved.rank == rank:
+            state = saved
+    check_shard_files(directory, state.shards)
+    return state
+
+
+def open_hub(args, revision, files):
+    """Return the HubFiles of one rank."""
+    folder = f"{args.local_dir}/parquet_{args.rank:05d}"
+    return HubFiles(args.repo_id, revision, files, folder, args.keep_parquet)
+
+
+def tokenize_files(args, fast_encoding, paths, hub, sizes, writer):
     """Tokenize parquet files, starting where the writer's state says. Shows the time left on a terminal.
 
     The files are local ones at paths, or those of hub (a HubFiles). sizes are in bytes.
@@ -616,7 +664,14 @@ def tokenize_files(args, fast, paths, hub, sizes, writer):
             if writer.full:
                 break
             path = hub.get_path(index) if hub else paths[index]
-            batches = tokenize_file(pool, fast, path, args.text_column, state.row, 4 * args.workers)
+            batches = tokenize_file(
+                pool,
+                fast_encoding,
+                path,
+                args.text_column,
+                first_row=state.row,
+                max_pending=4 * args.workers,
+            )
             with contextlib.closing(batches):  # close the parquet file even if the loop ends early
                 for batch in batches:
                     writer.add(batch)
@@ -637,7 +692,7 @@ def tokenize_files(args, fast, paths, hub, sizes, writer):
             writer.write_shard()  # the last shard is shorter than the others
 
 
-def choose_settings(args, encoding):
+def get_settings(args, encoding):
     """Return the settings for meta.json, and the paths of local parquet files or None.
 
     Raises ValueError if the directory was started with other settings, or contains other files.
@@ -671,7 +726,7 @@ def choose_settings(args, encoding):
     else:
         revision, files = list_hub_files(args.repo_id, args.remote_name)
 
-    # compare
+    # refuse settings that differ from the saved ones
     settings = {
         "tokenizer": args.tokenizer,
         "vocab_size": encoding.n_vocab,
@@ -729,7 +784,8 @@ def lock_rank(directory, rank):
             f"another run of rank {rank} is writing to {directory}: wait for it, or choose another --local_dir"
         ) from None
     except (NotImplementedError, OSError) as error:
-        # Some network file systems do not support locks. A full disk, for example, is an error.
+        # Continue without a lock if the file system does not support locks. Raise any other error, for
+        # example a full disk.
         reason = getattr(error, "errno", errno.ENOSYS)
         if reason not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
@@ -764,12 +820,14 @@ def check_free_space(directory, shard_tokens):
 def finish(directory):
     """Write meta.json for the shards of all ranks, and delete their state files.
 
-    Raises ValueError if ranks are missing or the vocabulary cannot be loaded.
+    Raises ValueError if ranks or training shards are missing, or the vocabulary cannot be loaded.
     """
     if not os.path.exists(f"{directory}/meta.json"):
         # check that all ranks are done
         states = read_states(directory)
-        settings = states[0].settings if states else {"source": {"world_size": 1}}
+        if not states:
+            raise ValueError(f"{directory} does not contain a started data set: check --local_dir")
+        settings = states[0].settings
         world_size = settings["source"]["world_size"]
         done = [state for state in states if state.done and state.settings == settings]
         if len(done) != world_size:
@@ -783,6 +841,7 @@ def finish(directory):
             check_shard_files(directory, state.shards)
             shards += state.shards
         shards.sort(key=lambda shard: int(re.search(r"\d+", shard["file"])[0]))
+        check_splits(directory, shards)
         # meta.json comes last: it says that everything else is there
         get_tokenizer(settings["tokenizer"])  # downloads GPT-2's vocabulary if it is not here
         write_tokenizer_files(settings["tokenizer"], directory)
@@ -791,10 +850,31 @@ def finish(directory):
         os.remove(path)
 
 
+def check_splits(directory, shards):
+    """Raise ValueError unless there are shards for validation and for training."""
+    num_tokens = sum(shard["tokens"] for shard in shards)
+    if num_tokens == 0:
+        raise ValueError(
+            f"{directory} contains no tokens, because the parquet files contain no text: "
+            "delete it, and check --source and --text_column"
+        )
+    splits = {shard["split"] for shard in shards}
+    if "train" not in splits:
+        raise ValueError(
+            f"{directory} has only {num_tokens} tokens, which are all in the validation shard, and none for "
+            f"training: delete it, and run the command again with --shard_size {max(1, num_tokens // 10)}"
+        )
+    if "val" not in splits:  # rank 0 makes the validation shard
+        raise ValueError(
+            f"{directory} contains no validation shard, because the files of rank 0 contain no text: "
+            "delete it, and use a smaller --world_size"
+        )
+
+
 # -------------------------------------------------------------------------------- verifying
 @dataclass
 class Summary:
-    """What verify prints about a split."""
+    """Counts of one split, and the beginning of its text."""
 
     shards: int = 0
     tokens: int = 0
@@ -813,22 +893,7 @@ def verify(directory):
     if not names:
         raise ValueError(f"{directory} contains no .npy or .bin files: pass a directory of shards")
 
-    # find out what the shards should be
-    tokenizer = "gpt2"
-    described = []  # entries of meta.json or of the states
-    states = read_states(directory)
-    if os.path.exists(f"{directory}/meta.json"):
-        meta = read_meta(directory)
-        tokenizer, described = meta["tokenizer"], meta["shards"]
-        print(f"{directory}: {tokenizer} tokens; the shards are compared with meta.json")
-    elif states:
-        tokenizer = states[0].settings["tokenizer"]
-        for state in states:
-            described += state.shards
-        print(f"{directory}: {tokenizer} tokens, unfinished; the shards are compared with the state")
-    else:
-        print(f"{directory}: {tokenizer} tokens, assumed because meta.json is missing; no checksums")
-    expected = {shard["file"]: shard for shard in described}
+    tokenizer, expected = expected_shards(directory)
     encoding = get_tokenizer(tokenizer)
 
     # check each shard, and count its tokens and documents
@@ -865,6 +930,29 @@ def verify(directory):
         first = "; ".join(problems[:5])
         raise ValueError(f"{len(problems)} problems in {directory}: {first}")
     print("no problems found")
+
+
+def expected_shards(directory):
+    """Return the tokenizer of a directory, and {file name: entry of meta.json or of a state}.
+
+    Prints with what the shards are compared. The entries are {} if the directory is another project's.
+    """
+    tokenizer = "gpt2"
+    shards = []
+    states = read_states(directory)
+    if os.path.exists(f"{directory}/meta.json"):
+        meta = read_meta(directory)
+        tokenizer = meta["tokenizer"]
+        shards = meta["shards"]
+        print(f"{directory}: {tokenizer} tokens; the shards are compared with meta.json")
+    elif states:
+        tokenizer = states[0].settings["tokenizer"]
+        for state in states:
+            shards += state.shards
+        print(f"{directory}: {tokenizer} tokens, unfinished; the shards are compared with the state")
+    else:
+        print(f"{directory}: {tokenizer} tokens, assumed because meta.json is missing; no checksums")
+    return tokenizer, {shard["file"]: shard for shard in shards}
 
 
 def compare_shard(path, tokens, expected):
@@ -1059,9 +1147,8 @@ def default_ranks():
     step = os.environ.get("SLURM_STEP_ID", "")
     rank, world_size = "0", "1"
     # A batch script also sees SLURM_PROCID and SLURM_NTASKS, but it runs only once. srun starts one
-    # process per task, in a step with a small number. The steps of batch scripts and of interactive
-    # shells have numbers from 2**32 - 16 on.
-    if step.isdecimal() and int(step) < 2**32 - 16:
+    # process per task.
+    if step.isdecimal() and int(step) < FIRST_SPECIAL_STEP:
         rank = os.environ.get("SLURM_PROCID", rank)
         world_size = os.environ.get("SLURM_NTASKS", world_size)
     return os.environ.get("RANK", rank), os.environ.get("WORLD_SIZE", world_size)
@@ -1070,7 +1157,7 @@ def default_ranks():
 def parse_args():
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")
+    parser.error = lambda message: fail(f"{message}: see --help")  # argparse's own errors in one line
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -1079,7 +1166,7 @@ def parse_args():
     group.add_argument(
         "--repo_id",
         default="HuggingFaceFW/fineweb-edu",
-        help="data set on the Hugging Face Hub; the default is FineWeb-Edu (HuggingFaceFW/fineweb-edu)",
+        help="data set on the Hugging Face Hub (default: HuggingFaceFW/fineweb-edu)",
     )
     group.add_argument(
         "--remote_name",
@@ -1103,7 +1190,12 @@ def parse_args():
         default="gpt2",
         help="gpt2 (50,257 tokens, the default) or bytes (one token per byte)",
     )
-    group.add_argument("--shard_size", type=int, default=100_000_000, help="tokens per shard (default: 100000000)")
+    group.add_argument(
+        "--shard_size",
+        type=int,
+        default=100_000_000,
+        help="tokens per shard; the first shard is the validation split (default: 100000000)",
+    )
     group.add_argument(
         "--max_tokens", type=int, default=0, help="stop after this many tokens per rank (default: 0, no limit)"
     )
@@ -1143,6 +1235,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    # huggingface_hub is silent: this script shows its own progress and reports errors itself
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["HF_HUB_VERBOSITY"] = "critical"
     try:
@@ -1160,8 +1253,8 @@ def main():
     except BrokenPipeError:
         raise  # run_script ends the script silently
     except OSError as error:
-        advice = "finished shards are kept: free some space if the disk is full, and run the same command again"
-        fail(f"{error}; {advice}")
+        advice = "free some space if the disk is full, and run the same command again (finished shards are kept)"
+        fail(f"{error}: {advice}")
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ SHORTER = {
     "train_gpt2": ["--max_steps", 2, "--val_tokens", 640, "--max_new_tokens", 4, "--device", "cpu"],
     "sample": ["--max_new_tokens", 4],
 }
-# Arguments that need a network, a long time, a terminal, or a file that only the reader has.
-NOT_HERE = {"--download", "gpt2", "-", "log_build_nanogpt"}
+# Arguments that need a network, a long time, a terminal, or something that such a command makes.
+NOT_HERE = {"--download", "gpt2", "-", "log_build_nanogpt", "log_plays", "log_gpt2"}
 
 
 def runs_here(script, arguments):

@@ -400,8 +400,9 @@ def test_a_run_may_die_between_any_two_steps_that_change_the_disk(data, tmp_path
 
 
 def test_a_run_may_die_at_any_step_after_the_last_shard(data, tmp_path):
-    """One shard, so that few steps come before the files of a finished run are put in order."""
-    flags = [*data["flags"][:-1], 10**6, "--workers", 1]
+    """Two shards, so that few steps come before the files of a finished run are put in order."""
+    shard_size = len(reference(data["texts"], encode_bytes)) // 2 + 1
+    flags = [*data["flags"][:-1], shard_size, "--workers", 1]
     run(*flags, "--local_dir", tmp_path / "whole")
     for n in range(1, 100):
         directory = tmp_path / f"out{n}"
@@ -498,7 +499,9 @@ def test_bad_input_is_one_line(data, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no .npy or .bin files" in error_of("--verify", tmp_path / "empty")
     assert "is not a directory" in error_of("--verify", tmp_path / "nowhere")
-    assert "0 of 1 ranks" in error_of("--finish", "--local_dir", tmp_path / "empty")
+    for name in ("empty", "nowhere"):
+        error = error_of("--finish", "--local_dir", tmp_path / name)
+        assert f"{name} does not contain a started data set" in error
 
 
 def test_two_columns_of_the_same_name_are_one_line(tmp_path):
@@ -655,6 +658,55 @@ def test_a_damaged_meta_json_is_one_line(data, tmp_path, content):
     assert os.listdir(tmp_path) == ["meta.json"]
 
 
+# ------------------------------------------------------------------------------------- splits
+def test_a_data_set_that_is_too_small_for_a_training_shard_is_an_error_that_names_a_shard_size(data, tmp_path):
+    directory = tmp_path / "out"
+    num_tokens = len(reference(data["texts"], encode_bytes))
+    flags = ["--tokenizer", "bytes", "--source", f"{data['folder']}/in/*.parquet", "--local_dir", directory]
+    for _ in range(2):  # the same command again has the same result
+        error = error_of(*flags)
+        assert f"{num_tokens} tokens" in error and "none for training" in error
+        assert not (directory / "meta.json").exists()
+    shard_size = re.search(r"--shard_size (\d+)", error)[1]
+    shutil.rmtree(directory)
+    run(*flags, "--shard_size", shard_size)
+    assert read_shards(directory, int(shard_size)) == reference(data["texts"], encode_bytes)
+    assert len(list(directory.glob("*_train_*"))) in (9, 10)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--max_shards", 1), ("--max_tokens", 7), ("--max_tokens", SHARD_SIZE)])
+def test_a_limit_that_leaves_no_tokens_for_training_is_found_at_once(data, tmp_path, flag, value):
+    error = error_of(*data["flags"], "--local_dir", tmp_path / "out", flag, value)
+    assert flag in error and f"--shard_size {SHARD_SIZE}" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_that_leaves_one_token_for_training_is_allowed(data, tmp_path):
+    run(*data["flags"], "--local_dir", tmp_path / "out", "--max_tokens", SHARD_SIZE + 1)
+    assert len(np.load(tmp_path / "out/edufineweb_train_000001.npy")) == 1
+
+
+def test_several_machines_without_a_training_or_a_validation_shard_are_an_error(data, tmp_path):
+    """Shard 0, which is for validation, is the first shard of rank 0."""
+    write_parquet(f"{tmp_path}/empty.parquet", [None, ""])
+    full, empty = data["folder"] / "in/000.parquet", tmp_path / "empty.parquet"
+    flags = ["--tokenizer", "bytes", "--world_size", 2]
+    cases = {"none for training": [full, empty], "no validation shard": [empty, full]}
+    for problem, files in cases.items():
+        directory = tmp_path / problem.split()[-1]
+        for rank in (0, 1):
+            run(*flags, "--rank", rank, "--source", *files, "--local_dir", directory)
+        assert problem in error_of("--finish", "--local_dir", directory)
+        assert not (directory / "meta.json").exists()
+
+
+def test_parquet_files_without_any_text_are_an_error(tmp_path):
+    write_parquet(f"{tmp_path}/empty.parquet", [None, ""])
+    flags = ["--tokenizer", "bytes", "--source", tmp_path / "empty.parquet", "--local_dir", tmp_path / "out"]
+    assert "contain no text" in error_of(*flags)
+    assert not (tmp_path / "out/meta.json").exists()
+
+
 # -------------------------------------------------------------------- machines and operating systems
 def test_several_machines_make_one_data_set(data, tmp_path):
     directory = tmp_path / "out"
@@ -762,9 +814,10 @@ def test_shards_are_finished_even_if_the_summary_cannot_be_printed(data, tmp_pat
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
 def test_verify_prints_any_text_on_any_terminal(tmp_path, encoding):
-    write_parquet(f"{tmp_path}/in.parquet", ["東京 🙂 naïve"])
+    text = "東京 🙂 naïve"
+    write_parquet(f"{tmp_path}/in.parquet", [text, text])
     flags = ["--tokenizer", "bytes", "--source", tmp_path / "in.parquet", "--local_dir", tmp_path / "out"]
-    run(*flags)
+    run(*flags, "--shard_size", 1 + len(text.encode()))  # each document is a shard
     arguments = process_arguments("--verify", tmp_path / "out", PYTHONIOENCODING=encoding)
     done = subprocess.run(**arguments, capture_output=True, encoding=encoding)
     assert done.returncode == 0, done.stderr

@@ -243,7 +243,7 @@ def test_references_are_drawn_for_fineweb_edu_only(tmp_path, flags, expected):
 
 
 def test_the_name_of_fineweb_edu_is_that_of_fineweb_py():
-    default = re.search(r"--repo_id .*?\((\S+)\)", call("fineweb", "--help").stdout, re.S)[1]
+    default = re.search(r"--repo_id .*?\(default:\s+(\S+)\)", call("fineweb", "--help").stdout, re.S)[1]
     assert default == FINEWEB_EDU["repo_id"]
 
 

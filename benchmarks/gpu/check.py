@@ -49,13 +49,14 @@ class Mismatch(Exception):
 
 
 def require(condition, message):
-    """Raise Mismatch unless the condition holds."""
+    """Raise Mismatch unless the condition holds. A NaN must make the condition false: write it as a < b."""
     if not condition:
         raise Mismatch(message)
 
 
 def relative_difference(actual, expected):
     """Return |actual - expected| / |expected|, with the norms of the whole tensors."""
+    # compare in float32 on the CPU, so that the comparison itself adds nothing
     expected = expected.detach().float().cpu()
     difference = actual.detach().float().cpu() - expected
     return (difference.norm() / expected.norm()).item()
@@ -81,10 +82,13 @@ class Setup:
         self.data_dir = args.data_dir or make_data(f"{directory}/shakespeare", "bytes")
         self.runs = {}  # name of a training run -> its directory
         self.shape = TINY_SHAPE if args.tiny else {}
-        self.B, self.T = (2, 64) if args.tiny else (8, 1024)  # sequences and tokens of a comparison
-        # how much the losses of equal runs may differ: hardly on a CPU, more on a GPU, where sums have no fixed order
+        # sequences and tokens per sequence of a comparison
+        self.B = 2 if args.tiny else 8
+        self.T = 64 if args.tiny else 1024
+        # how much the losses of equal runs may differ: hardly on a CPU, more on a GPU, where the order of sums varies
         self.tolerance = 1e-3 if args.tiny else 0.01
-        # as torch.compile in the trainer, but without generating code at tiny size, which takes long on a CPU
+        # "inductor" is the default of torch.compile. At tiny size the graph is captured but not turned into code,
+        # which would take long on a CPU.
         self.backend = "aot_eager" if args.tiny else "inductor"
 
     @cached_property
@@ -92,6 +96,7 @@ class Setup:
         """GPT-2 124M with random weights, three times as large as at the start of training: its logits differ."""
         torch.manual_seed(0)
         model = train_gpt2.GPT(train_gpt2.GPTConfig(**self.shape))
+        # initial weights give nearly equal logits, which would hide mistakes
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 2:
@@ -162,6 +167,7 @@ def loss_in_16_bits(setup):
     x, y = setup.batch
     texts = []
     for dtype in DTYPES_16_BIT:
+        # both losses have the rounding errors of 16 bits, in different places
         with torch.no_grad(), autocast(setup.device, dtype):
             actual = setup.model(x, y)[1].item()
             expected = setup.peer_loss().item()
@@ -173,14 +179,17 @@ def loss_in_16_bits(setup):
 def gradients_of(setup, dtype):
     """Return {name: (our gradient, transformers' gradient)} and the largest gradient of a padding row."""
     x, y = setup.batch
+    # a small float16 number would become 0, so the loss is scaled up
     vocab_size = setup.model.config.vocab_size
-    scale = 1024 if dtype == torch.float16 else 1  # small float16 numbers would become 0
+    scale = 1024 if dtype == torch.float16 else 1
+    # the forward pass under autocast, the backward pass outside, as in training
     with autocast(setup.device, dtype):
         loss = setup.model(x, y)[1]
         peer_loss = setup.peer_loss()
     (scale * loss).backward()
     (scale * peer_loss).backward()
     peer_parameters = dict(setup.peer.transformer.named_parameters())
+    # transformers has transposed matrices, and no padding rows in the embedding
     pairs = {}
     for name, parameter in setup.model.named_parameters():
         expected = peer_parameters[name].grad
@@ -219,6 +228,7 @@ def compare_logits(setup, script):
     x, _ = setup.batch
     texts = []
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 4e-2), (torch.float16, 1e-2)):
+        # here the weights themselves are in the dtype, in both implementations
         model = script.GPT.from_pretrained(setup.checkpoint, setup.device, dtype)
         with torch.no_grad():
             actual = model.logits(model(x))
@@ -268,6 +278,7 @@ def greedy_text_in_16_bits(setup):
     for dtype in DTYPES_16_BIT:
         prompt, tokens = greedy_tokens(setup, dtype, 24)
         idx = torch.cat((prompt.expand(2, -1), tokens), dim=1)  # (2, 32)
+        # what transformers thinks of each token, given the tokens before it
         with torch.no_grad():
             logits = setup.peer(idx).logits[:, len(prompt) - 1 : -1]  # (2, 24, V)
         chosen = logits.gather(2, tokens[:, :, None])[:, :, 0]  # (2, 24)
@@ -289,6 +300,7 @@ def losses_of_steps(setup, wrap, dtype):
     scaler = torch.amp.GradScaler(setup.device.type, enabled=dtype == torch.float16)
     losses = []
     for step in range(6):
+        # two micro-batches, then one optimizer step, as in the trainer's loop
         for i in range(2):
             generator = torch.Generator().manual_seed(10 * (step % 2) + i)  # two steps of data, three times
             size = (setup.B, setup.T + 1)
@@ -324,12 +336,14 @@ def compiled_as_eager(setup):
 
 def muon_as_on_the_cpu(setup):
     """Compare Muon's update on this device with that in float32 on the CPU."""
+    # two models with the same weights, one here and one on the CPU
     shape = setup.shape or {"n_layer": 2}
     reference = train_gpt2.GPT(train_gpt2.GPTConfig(**shape))
     model = train_gpt2.GPT(train_gpt2.GPTConfig(**shape))
     model.load_state_dict(reference.state_dict())
     model.to(setup.device)
     before = {name: parameter.detach().clone() for name, parameter in reference.h.named_parameters()}
+    # the same random gradients, and one step
     for parameter, copy in zip(reference.parameters(), model.parameters(), strict=True):
         parameter.grad = torch.randn_like(parameter)
         copy.grad = parameter.grad.to(setup.device)
@@ -349,13 +363,15 @@ def muon_as_on_the_cpu(setup):
 
 def hellaswag_in_training(setup):
     """Compare the accuracy that the trainer computes with that of hellaswag.py, on examples from input.txt."""
+    # the trainer reads a prepared file
     num_examples = 16 if setup.tiny else 200
     examples = make_examples(read_source(INPUT), train_gpt2.get_tokenizer("gpt2"), num_examples)
     path = f"{setup.directory}/hellaswag/hellaswag_val.npz"
     hellaswag.write_prepared(path, examples)
     data = train_gpt2.load_hellaswag(path, setup.model.config.block_size)
-    going_on = SimpleNamespace(reason=None)
-    actual = train_gpt2.evaluate_hellaswag(setup.model, data, 8, 0, 1, setup.device, nullcontext(), going_on)
+    never_stop = SimpleNamespace(reason=None)
+    actual = train_gpt2.evaluate_hellaswag(setup.model, data, 8, 0, 1, setup.device, nullcontext(), never_stop)
+    # hellaswag.py computes the losses of the endings in another way, with a cache of the context
     num_correct = 0
     model = hellaswag.GPT.from_pretrained(setup.checkpoint, setup.device, torch.float32)
     for i, _, mean_losses in hellaswag.evaluate(model, examples, 8):
@@ -368,6 +384,7 @@ def hellaswag_in_training(setup):
 # -------------------------------------------------------------------------------- training runs
 def run_flags(setup, log_dir, *flags):
     """Return the flags of a short training run on the data of setup."""
+    # 0.8M parameters, 4 micro-steps per step
     shape = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "total_batch_size": 1024}
     steps = 40
     if setup.tiny:
@@ -424,10 +441,11 @@ def read_losses(log_dir):
 
 def compare_runs(log_dir, reference, tolerance):
     """Compare the losses of two runs at all steps of both. Returns a description of the difference."""
+    # a resumed run has fewer steps in common with the other one if it was stopped
     losses = read_losses(log_dir)
     expected = read_losses(reference)
     common = sorted(losses.keys() & expected.keys())
-    require(common, "the two runs have no steps in common")
+    require(common, "the two runs do not share a step")
     differences = [abs(losses[key] - expected[key]) for key in common]
     last = max(step for step, _ in common)
     text = f"largest difference {max(differences):.1e} in {len(common)} losses, val {losses[last, 'val']:.4f}"
@@ -504,6 +522,7 @@ def start_two_ranks(setup, runs):
         lines.append({"port": free_port(), "flags": run_flags(setup, f"{setup.directory}/run_{name}", *flags)})
     with open(path, "w", encoding="utf-8") as file:
         json.dump(lines, file)
+    # start both ranks, as torchrun would
     processes = []
     for rank in range(2):
         variables = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -515,6 +534,7 @@ def start_two_ranks(setup, runs):
                 stderr=subprocess.STDOUT,
             )
         processes.append(process)
+    # wait for them; if one fails, the other one must not stay behind
     try:
         statuses = [process.wait(timeout=200) for process in processes]
     finally:
@@ -540,9 +560,11 @@ def check_collectives(setup):
     size = torch.tensor(8, device=setup.device)
     dist.all_reduce(size, op=dist.ReduceOp.MIN)
     require(size.item() == 8, f"all_reduce changed 8 to {size.item()}")
+    # Python objects are sent as bytes
     result = train_gpt2.on_rank_0(sorted, [2, 1])
     require(result == [1, 2], f"broadcast_object_list returned {result}")
     require(train_gpt2.any_rank("SIGTERM", setup.device, 2), "any_rank lost a request to stop")
+    # Muon gathers the results of all ranks
     matrices = torch.randn(3, 4, 5, device=setup.device)
     gathered = torch.empty_like(matrices)
     dist.all_gather_into_tensor(gathered, matrices)
@@ -551,6 +573,7 @@ def check_collectives(setup):
 
 def nccl_with_one_rank(setup):
     """Compare training steps through DDP, in both ways of compiling it, with those of the bare model."""
+    # a group of this process alone needs no network
     store = dist.PrefixStore("check", dist.HashStore())
     if setup.device.type == "cuda":
         torch.cuda.set_device(0)
@@ -588,6 +611,7 @@ def copies_do_not_wait(setup):
         synchronize("cuda")
         for _ in range(40):
             matrix @ matrix
+        # the GPU has work for about 60 ms; a copy that waits returns only then
         start = time.perf_counter()
         train_gpt2.to_device(windows, setup.device)
         held = time.perf_counter() - start
@@ -604,6 +628,7 @@ def milliseconds_of_lengths(setup, lengths, q_len):
     for S in lengths:
         q = torch.randn(2, 12, q_len or S, 64, device=setup.device, dtype=torch.bfloat16)
         k = torch.randn(2, 12, S, 64, device=setup.device, dtype=torch.bfloat16)
+        # only the attention is timed, not the random numbers
         synchronize("cuda")
         start = time.perf_counter()
         F.scaled_dot_product_attention(q, k, k, is_causal=q_len is None)
@@ -613,7 +638,7 @@ def milliseconds_of_lengths(setup, lengths, q_len):
 
 
 def attention_at_new_lengths(setup):
-    """Measure attention at lengths that come for the first time, and again. cuDNN plans each of them anew.
+    """Measure attention at lengths that come for the first time, and again. cuDNN makes a plan for each.
 
     sample.py, hellaswag.py and the trainer's evaluations use the other kernels, which must not be slower then.
     """
@@ -622,7 +647,8 @@ def attention_at_new_lengths(setup):
     texts = []
     for name, context in (("default", nullcontext()), ("others", sdpa_kernel(train_gpt2.ANY_LENGTH_BACKENDS))):
         with context:
-            milliseconds_of_lengths(setup, range(190, 193), None)  # loads the kernels
+            # other lengths first, so that loading the kernels does not count
+            milliseconds_of_lengths(setup, range(190, 193), None)
             milliseconds_of_lengths(setup, range(190, 193), 1)
             for kind, q_len in (("prompts", None), ("tokens", 1)):
                 first = milliseconds_of_lengths(setup, range(201, 211), q_len)

@@ -34,6 +34,7 @@ def training_flags(args, data_dir):
         "checkpoint_interval": 1000,
         "log_interval": 50,
     }
+    # the same names with tiny values
     if args.tiny:
         tiny = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32}
         values.update(tiny, total_batch_size=128, micro_batch_size=2, val_tokens=128, max_new_tokens=1)
@@ -45,6 +46,7 @@ def training_flags(args, data_dir):
 
 def compare_optimizers(args, out_dir, flags):
     """Run bench_recipe.py. Returns its exit status."""
+    # one seed and a longer warmup: the run is short
     command = [sys.executable, f"{BENCHMARKS}/bench_recipe.py", "--out_dir", out_dir, "--seeds", "1337"]
     if args.tiny:
         command += ["--steps", "5", "--adamw_rates", "6e-4", "--muon_rates", "1e-3", "--fractions", "0.6"]
@@ -63,6 +65,7 @@ def read_final_loss(log_dir):
 
 def compare_residuals(args, out_dir, flags):
     """Repeat the AdamW run at 6e-4 with the residual stream in bfloat16. Returns the exit status."""
+    # the same flags as bench_recipe.py passes for the run to compare with
     steps = 5 if args.tiny else 430
     warmup_steps = max(1, round(0.1 * steps))
     log_dir = f"{out_dir}/adamw_bfloat16_residual"
@@ -70,6 +73,7 @@ def compare_residuals(args, out_dir, flags):
     command += ["--optimizer", "adamw", "--schedule", "cosine", "--learning_rate", "6e-4", "--seed", "1337"]
     command += ["--max_steps", str(steps), "--warmup_steps", str(warmup_steps), "--hellaswag_interval", "0"]
     status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    # compare the final losses
     if status == 0:
         usual = read_final_loss(f"{out_dir}/adamw_rate_0.0006_steps_{steps}_seed_1337")
         changed = read_final_loss(log_dir)

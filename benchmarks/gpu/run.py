@@ -46,21 +46,23 @@ class Commands:
 
     def add(self, step, script, flags, num_lines, timeout, tiny=""):
         """Add a command. The flags in tiny are added at tiny size."""
+        # tiny flags come before "--", behind which bench_run.py expects the flags of the trainer
         path = f"{BENCHMARKS}/{script}.py" if script.startswith("bench_") else f"{ROOT}/{script}.py"
         before_dashes, dashes, after_dashes = flags.partition("-- ")
         if self.args.tiny:
             before_dashes = f"{before_dashes} {tiny} "
         line = before_dashes + dashes + after_dashes
-        if "--device" not in line and script != "hellaswag --prepare":
-            line = f"--device {self.args.device} {line}"
+        line = f"--device {self.args.device} {line}"
         self.commands.append((step, [sys.executable, path, *shlex.split(line)], num_lines, timeout))
 
     def add_scripts(self):
         """Add the scripts as a user starts them."""
+        # paths may contain spaces
         data = shlex.quote(self.data_dir)
         examples = shlex.quote(self.examples)
         model = shlex.quote(self.model)
         self.add("prepare", "hellaswag", f"--prepare --data {examples}", 1, 60)
+        # everything that a long run does, in 12 steps
         flags = f"--data_dir {data} --log_dir {model} --max_steps 12 --warmup_steps 4 --eval_interval 12"
         self.add("train", "train_gpt2", f"{flags} --hellaswag_interval 12", 24, 250, f"{TINY_TRAINING} --max_steps 2")
         for dtype in ("bfloat16", "float32"):
@@ -70,6 +72,7 @@ class Commands:
             for num_samples in (1, 64):
                 flags = f"--model {model} --dtype {dtype} --num_samples {num_samples} --max_new_tokens 100 --prompt The"
                 self.add("sample", "sample", flags, 1, 100, "--num_samples 2 --max_new_tokens 4")
+        # lesson 2, a tenth of its steps
         flags = f"--input {shlex.quote(os.path.join(ROOT, 'input.txt'))} --preset full --max_steps 500"
         self.add("gpt", "gpt", flags, 4, 90, "--preset cpu --max_steps 2 --eval_iters 1 --max_new_tokens 4")
 
@@ -80,9 +83,11 @@ class Commands:
             flags = f"--dtype {dtype} --batch_sizes 1 64 --max_new_tokens 64 --rounds 3"
             tiny = f"{TINY_MODEL} --batch_sizes 2 --prompt_tokens 4 --max_new_tokens 4 --rounds 1"
             self.add("bench_sample", "bench_sample", flags, 2, 110, tiny)
+        # examples of HellaSwag's shape, cut from input.txt
         source = shlex.quote(os.path.join(ROOT, "input.txt"))
         flags = f"--source {source} --examples 1000 --parts 4"
         self.add("bench_hellaswag", "bench_hellaswag", flags, 1, 100, f"{TINY_MODEL} --examples 4 --parts 1")
+        # transformers needs B=32 to fit into 80 GB
         flags = (
             "--dtype bfloat16 --micro_batch_size 32 --block_size 1024 --grad_accum_steps 16 --steps 3 "
             "--only 'ours compiled' 'transformers compiled'"
@@ -90,6 +95,7 @@ class Commands:
         tiny = f"{TINY_MODEL} --micro_batch_size 2 --block_size 16 --grad_accum_steps 2 --steps 1 --only ours"
         self.add("bench_step", "bench_step", flags, 3, 240, tiny)
         flags = f"--steps 10 --skip 4 --setting= --setting='--optimizer muon --schedule linear' -- --data_dir {data}"
+        # the trainer's own flags for tiny sizes go behind "--"
         if self.args.tiny:
             flags = f"--steps 3 --skip 1 --setting= -- --data_dir {data} {TINY_TRAINING}"
         self.add("bench_run", "bench_run", flags, 2, 150)
@@ -105,6 +111,7 @@ def run(step, command, num_lines, timeout, number, args, directory):
             reason = f"exit status {done.returncode}" if done.returncode else None
         except subprocess.TimeoutExpired:
             reason = f"not finished after {timeout} s"
+    # one line about the command, then the end of its output
     seconds = time.perf_counter() - start
     shown = shlex.join([os.path.basename(command[1]), *command[2:]])
     print(f"{'FAIL' if reason else 'ok  '} {step}: {seconds:.1f} s, {shown}", flush=True)
@@ -146,11 +153,13 @@ def main():
         steps = set(args.only)
         for step in args.only:
             steps |= needed.get(step, set())
+        # make what the commands read
         if steps & {"train", "bench_run"} and not args.data_dir:
             make_data(commands.data_dir, "gpt2")
         if "train" in steps:
             steps.add("prepare")
             write_hellaswag(commands.examples, train_gpt2.get_tokenizer("gpt2"), 20 if args.tiny else 10042)
+        # run them in their order, and stop starting new ones in time
         for number, (step, command, num_lines, timeout) in enumerate(commands.commands):
             if step not in steps:
                 continue

@@ -21,7 +21,7 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -80,12 +80,14 @@ class Trainer:
         self.raw_model = train_gpt2.GPT(train_gpt2.GPTConfig(**setup.shape)).to(setup.device)
         if variant.residual_bfloat16:
             self.raw_model.drop = ToBFloat16()
+        # wrap the model as the trainer does
         self.model = self.raw_model
         if variant.ddp:
             self.model = DDP(self.raw_model, gradient_as_bucket_view=True)
         if variant.compile:
             self.model = torch.compile(self.model, backend=setup.backend, options=variant.options or None)
         self.optimizers = train_gpt2.configure_optimizers(self.raw_model, "adamw", 6e-4, 0.1, setup.device)
+        # windows are taken in the data set's order, from one epoch to the next
         self.next_window = 0
 
     def load(self):
@@ -105,9 +107,11 @@ class Trainer:
 
     def step(self):
         """Make an optimizer step. Returns its loss."""
+        # accumulate the gradients of all micro-batches
         loss = 0.0
         for _ in range(self.grad_accum_steps):
             loss = loss + self.micro_step()
+        # clip and update, as in the trainer; reading the loss is the only wait
         torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -124,45 +128,54 @@ class Setup:
         self.directory = directory
         self.shape = TINY_SHAPE if args.tiny else {}
         self.T = TINY_SHAPE["block_size"] if args.tiny else 1024
+        # 0.5M tokens, as in the preset gpt2
         self.tokens_per_step = 2 * self.T if args.tiny else 524288
         self.backend = "aot_eager" if args.tiny else "inductor"  # generating code takes long on a CPU
         self.data_dir = args.data_dir or make_data(f"{directory}/data", "gpt2")
         data_set = train_gpt2.read_data_set(self.data_dir)
         self.train_data = train_gpt2.TokenDataset(self.data_dir, "train", data_set, self.T, 1337, True)
-        self.val_data = train_gpt2.TokenDataset(self.data_dir, "val", data_set, self.T, 1337, False)
 
 
 def measure(variant, setup):
     """Print the row of a variant, and what belongs to it."""
+    # free everything that the variant before has left
     torch.compiler.reset()
     gc.collect()
     is_cuda = setup.device.type == "cuda"
     if is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    # the settings of the variant hold until its end
     with ExitStack() as stack:
         if variant.flash_attention:
             stack.enter_context(sdpa_kernel([SDPBackend.FLASH_ATTENTION]))
         if variant.ddp:
             stack.enter_context(group_of_one(setup.device))
-        trainer = Trainer(variant, setup)
-        # the first micro-step compiles
+        measure_steps(variant, setup)
+
+
+def measure_steps(variant, setup):
+    """Time the steps of a variant. The model is freed on return, before its process group is."""
+    trainer = Trainer(variant, setup)
+    # the first micro-step compiles
+    start = time.perf_counter()
+    trainer.micro_step()
+    synchronize(setup.device.type)
+    first = time.perf_counter() - start
+    trainer.raw_model.zero_grad(set_to_none=True)
+    # five steps, of which the first two do not count
+    seconds = []
+    for _ in range(5):
         start = time.perf_counter()
-        trainer.micro_step()
-        synchronize(setup.device.type)
-        first = time.perf_counter() - start
-        trainer.raw_model.zero_grad(set_to_none=True)
-        # five steps, of which the first two do not count
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            loss = trainer.step()
-            seconds.append(time.perf_counter() - start)
-        median = sorted(seconds[2:])[1]
-        print_row(variant, trainer, median, first, loss)
-        if variant.name == "compiled":
-            for measurement in (measure_kernels, measure_validation, measure_hellaswag, measure_optimizers):
-                measurement(trainer, setup)
+        loss = trainer.step()
+        seconds.append(time.perf_counter() - start)
+    median = sorted(seconds[2:])[1]
+    print_row(variant, trainer, median, first, loss)
+    if variant.name == "compiled":
+        measure_kernels(trainer, setup)
+        measure_validation(trainer, setup)
+        measure_hellaswag(trainer, setup)
+        measure_optimizers(trainer, setup)
 
 
 def print_row(variant, trainer, seconds, first, loss):
@@ -180,16 +193,14 @@ def print_row(variant, trainer, seconds, first, loss):
     )
 
 
-class group_of_one:  # noqa: N801 (used like a function)
-    """A context with a process group of this process alone, so that DDP can be used."""
-
-    def __init__(self, device):
-        self.backend = "nccl" if device.type == "cuda" else "gloo"
-
-    def __enter__(self):
-        dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1)
-
-    def __exit__(self, *error):
+@contextmanager
+def group_of_one(device):
+    """Provide a process group of this process alone, so that DDP can be used."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
         dist.destroy_process_group()
 
 
@@ -226,11 +237,13 @@ def measure_matmuls(setup):
         ("mlp.c_proj", 4 * C, C, 12),
         ("head", C, vocab_size, 1),
     ]
-    total_seconds, total_flops = 0.0, 0.0
+    total_seconds = 0.0
+    total_flops = 0.0
     for name, num_inputs, num_outputs, count in layers:
         x = torch.randn(num_tokens, num_inputs, device=setup.device, dtype=torch.bfloat16)
         weight = torch.randn(num_outputs, num_inputs, device=setup.device, dtype=torch.bfloat16)
         grad = torch.randn(num_tokens, num_outputs, device=setup.device, dtype=torch.bfloat16)
+        # the backward pass has two matmuls for each one of the forward pass
         seconds = [
             seconds_of(lambda x=x, weight=weight: F.linear(x, weight), setup.device.type, 5),
             seconds_of(lambda grad=grad, weight=weight: grad @ weight, setup.device.type, 5),
@@ -239,6 +252,7 @@ def measure_matmuls(setup):
         flops = 2 * num_tokens * num_inputs * num_outputs
         speeds = ", ".join(f"{flops / each / 1e12:.3g}" for each in seconds)
         print(f"  {name}: {speeds} TFLOP/s (forward, gradient of the input, gradient of the weight)")
+        # all layers together
         total_seconds += count * sum(seconds)
         total_flops += count * 3 * flops
     print(
@@ -250,6 +264,7 @@ def measure_matmuls(setup):
 
 def measure_attention(setup):
     """Print the time of the attention of 12 layers in the kernels that this GPU has."""
+    # the sizes of a micro-batch, with the memory layout that the model has
     B, nh, T = (2, 2, 64) if setup.tiny else (64, 12, 1024)
     qkv = torch.randn(B, T, 3, nh, 64, device=setup.device, dtype=torch.bfloat16, requires_grad=True)
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, nh, T, hs) each
@@ -280,6 +295,7 @@ def measure_attention(setup):
 def measure_kernels(trainer, setup):
     """Print the milliseconds that the kinds of kernels take in a micro-step."""
     activity = ProfilerActivity.CUDA if setup.device.type == "cuda" else ProfilerActivity.CPU
+    # two micro-steps, so that one odd kernel does not matter
     with profile(activities=[activity]) as profiler:
         trainer.micro_step()
         trainer.micro_step()
@@ -291,6 +307,7 @@ def measure_kernels(trainer, setup):
         milliseconds[kind_of_kernel(event.key)] += microseconds / 2000
     shares = ", ".join(f"{kind} {value:.1f}" for kind, value in milliseconds.items())
     print(f"  milliseconds of a micro-step: {shares}")
+    # the table of single kernels is long, so it goes to stderr
     order = "self_device_time_total" if setup.device.type == "cuda" else "self_cpu_time_total"
     print(events.table(sort_by=order, row_limit=5 if setup.tiny else 40, max_name_column_width=100), file=sys.stderr)
     trainer.raw_model.zero_grad(set_to_none=True)
@@ -311,17 +328,16 @@ def kind_of_kernel(name):
 
 def measure_validation(trainer, setup):
     """Print the seconds of a validation with the eager and with the compiled model."""
-    num_windows = min(4 if setup.tiny else 1024, setup.val_data.num_windows)
-    batch_size = min(trainer.batch_size, num_windows)
-    num_windows -= num_windows % batch_size  # the compiled model takes whole micro-batches only
+    # whole micro-batches only: for another size the model would be compiled again
+    num_windows = 4 if setup.tiny else min(1024, setup.train_data.num_windows)
+    num_windows -= num_windows % trainer.batch_size
     tokens = num_windows * setup.T
     for name, model in (("eager", trainer.raw_model), ("compiled", trainer.model)):
         seconds = []
         for _ in range(2):  # the first time may compile
             start = time.perf_counter()
-            loss = train_gpt2.evaluate(
-                model, trainer.raw_model, setup.val_data, tokens, batch_size, 0, 1, *evaluation_arguments(setup)
-            )
+            arguments = (tokens, trainer.batch_size, 0, 1, *evaluation_arguments(setup))
+            loss = train_gpt2.evaluate(model, trainer.raw_model, setup.train_data, *arguments)
             seconds.append(time.perf_counter() - start)
         print(
             f"  validation, {name}: {tokens:,} tokens in {seconds[1]:.2f} s (first {seconds[0]:.1f} s), loss "
@@ -339,6 +355,7 @@ def measure_hellaswag(trainer, setup):
     """Print the seconds of HellaSwag as in training, on examples cut from input.txt."""
     num_examples = 8 if setup.tiny else 2000
     examples = make_examples(read_source(INPUT), train_gpt2.get_tokenizer("gpt2"), num_examples)
+    # the trainer reads a prepared file
     path = f"{setup.directory}/hellaswag/hellaswag_val.npz"
     hellaswag.write_prepared(path, examples)
     data = train_gpt2.load_hellaswag(path, setup.T)
@@ -356,9 +373,11 @@ def measure_hellaswag(trainer, setup):
 
 def measure_optimizers(trainer, setup):
     """Print the milliseconds of clipping and of a step of each optimizer, for all parameters."""
+    # random gradients of the usual shapes
     model = trainer.raw_model
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
+    # a learning rate of 1e-6 leaves the model as it is
     functions = {"clipping": lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)}
     (adamw,) = train_gpt2.configure_optimizers(model, "adamw", 1e-6, 0.1, setup.device)
     functions["AdamW for all parameters"] = adamw.step
