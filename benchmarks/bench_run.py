@@ -30,7 +30,7 @@ import torch
 from common import ROOT, machine_name
 
 SETTINGS = {
-    "cpu": ["", "--compile", "--optimizer muon --schedule linear", "--dtype bfloat16"],
+    "cpu": ["", "--compile", "--optimizer adamw --schedule cosine", "--dtype bfloat16"],
     "cuda": ["", "--no-compile", "--optimizer muon --schedule linear", "--dtype float32"],
 }
 

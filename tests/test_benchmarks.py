@@ -410,15 +410,26 @@ def test_gpu_speed_skips_what_it_has_no_time_for_and_reports_what_fails(byte_sha
 
 def test_gpu_run_runs_the_scripts(byte_shards, tiktoken_cache, tmp_path):
     run = without_processes(load_benchmark("gpu/run"))
-    steps = ["train", "hellaswag", "sample", "gpt"]
+    steps = ["train", "hellaswag", "sample", "shakespeare", "gpt"]
     done = call(run, "--device", "cpu", "--tiny", "--only", *steps, "--out_dir", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
-    expected = ["prepare", "train", "hellaswag", "hellaswag", "sample", "sample", "sample", "sample", "gpt"]
+    expected = [
+        "prepare",
+        "train",
+        "hellaswag",
+        "hellaswag",
+        "sample",
+        "sample",
+        "sample",
+        "sample",
+        "shakespeare",
+        "gpt",
+    ]
     assert [line.split(":")[0] for line in lines] == [f"ok   {step}" for step in expected]
     assert "HellaSwag acc_norm: " in done.stdout
     assert re.search(r"^     8 acc: [\d.]+ acc_norm: [\d.]+$", done.stdout, re.M)
-    assert len(list((tmp_path / "out").iterdir())) == 9
+    assert len(list((tmp_path / "out").iterdir())) == 10
 
 
 def test_gpu_run_reports_a_command_that_fails_and_stops_in_time(byte_shards):
@@ -440,7 +451,7 @@ def test_the_commands_of_gpu_run_parse(tiny, monkeypatch, tmp_path):
     commands = run.Commands(argparse.Namespace(device="cpu", tiny=tiny, data_dir=None), str(tmp_path))
     commands.add_scripts()
     commands.add_benchmarks()
-    assert len(commands.commands) == 14
+    assert len(commands.commands) == 15
     for _, command, _, _ in commands.commands:
         check_parses(command, monkeypatch)
 

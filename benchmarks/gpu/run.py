@@ -6,12 +6,13 @@ Run the scripts and benchmarks on a GPU as a user starts them, each in a process
     python benchmarks/gpu/run.py --device cpu --tiny                 # tries the script itself; two minutes
 
 The steps: 12 training steps of GPT-2 124M with the search for a micro-batch size, validation, HellaSwag and a
-checkpoint; hellaswag.py and sample.py on that checkpoint in two dtypes; a part of lesson 2; then bench_sample.py,
-bench_hellaswag.py, bench_step.py at B=32, and bench_run.py. HellaSwag's place is taken by examples of its shape, cut
-from input.txt. Without --data_dir the data are the GPT-2 tokens of input.txt.
+checkpoint; hellaswag.py and sample.py on that checkpoint in two dtypes; the preset shakespeare to its end; a part of
+lesson 2; then bench_sample.py, bench_hellaswag.py, bench_step.py at B=32, and bench_run.py. HellaSwag's place is taken
+by examples of its shape, cut from input.txt. Without --data_dir the data are the GPT-2 tokens of input.txt.
 
 Every command has a line that begins with "ok" or "FAIL", with its seconds, and under it what its output ends with.
---out_dir keeps the whole outputs. After --seconds no new command starts. The exit status is 1 if a command failed.
+--out_dir keeps the whole outputs. After --seconds no new command starts, and one that runs has 80 seconds more. The
+exit status is 1 if a command failed.
 """
 
 import os
@@ -42,6 +43,7 @@ class Commands:
         self.model = f"{directory}/log"
         self.examples = f"{directory}/examples.jsonl"
         self.data_dir = os.path.abspath(args.data_dir) if args.data_dir else f"{directory}/data"
+        self.byte_data_dir = f"{directory}/shakespeare"
         self.commands = []  # (step, command, number of its last lines to print, timeout in seconds)
 
     def add(self, step, script, flags, num_lines, timeout, tiny=""):
@@ -72,6 +74,10 @@ class Commands:
             for num_samples in (1, 64):
                 flags = f"--model {model} --dtype {dtype} --num_samples {num_samples} --max_new_tokens 100 --prompt The"
                 self.add("sample", "sample", flags, 1, 100, "--num_samples 2 --max_new_tokens 4")
+        # the whole preset shakespeare
+        flags = f"--preset shakespeare --data_dir {shlex.quote(self.byte_data_dir)} --log_dir {model}_shakespeare"
+        tiny = f"{TINY_TRAINING} --max_steps 2 --log_interval 1 --max_new_tokens 4"
+        self.add("shakespeare", "train_gpt2", f"{flags} --log_interval 500", 12, 150, tiny)
         # lesson 2, a tenth of its steps
         flags = f"--input {shlex.quote(os.path.join(ROOT, 'input.txt'))} --preset full --max_steps 500"
         self.add("gpt", "gpt", flags, 4, 90, "--preset cpu --max_steps 2 --eval_iters 1 --max_new_tokens 4")
@@ -110,7 +116,7 @@ def run(step, command, num_lines, timeout, number, args, directory):
             done = subprocess.run(command, cwd=directory, stdout=output, stderr=subprocess.STDOUT, timeout=timeout)
             reason = f"exit status {done.returncode}" if done.returncode else None
         except subprocess.TimeoutExpired:
-            reason = f"not finished after {timeout} s"
+            reason = f"not finished after {timeout:.0f} s"
     # one line about the command, then the end of its output
     seconds = time.perf_counter() - start
     shown = shlex.join([os.path.basename(command[1]), *command[2:]])
@@ -127,7 +133,8 @@ def run(step, command, num_lines, timeout, number, args, directory):
 
 def parse_args():
     parser = make_parser(__doc__, "token shards of GPT-2's tokenizer (default: made from input.txt)")
-    steps = ["train", "hellaswag", "sample", "gpt", "bench_sample", "bench_hellaswag", "bench_step", "bench_run"]
+    steps = ["train", "hellaswag", "sample", "shakespeare", "gpt"]
+    steps += ["bench_sample", "bench_hellaswag", "bench_step", "bench_run"]
     add = parser.add_argument
     add("--only", nargs="+", choices=steps, default=steps, metavar="STEP", help=f"(default: all of {steps})")
     add("--out_dir", help="directory for the outputs of the commands (default: they are not kept)")
@@ -156,6 +163,8 @@ def main():
         # make what the commands read
         if steps & {"train", "bench_run"} and not args.data_dir:
             make_data(commands.data_dir, "gpt2")
+        if "shakespeare" in steps:
+            make_data(commands.byte_data_dir, "bytes")
         if "train" in steps:
             steps.add("prepare")
             write_hellaswag(commands.examples, train_gpt2.get_tokenizer("gpt2"), 20 if args.tiny else 10042)
@@ -166,7 +175,9 @@ def main():
             if time.perf_counter() - begin > args.seconds:
                 print(f"FAIL {step}: not started, --seconds {args.seconds:g} are over")
                 any_failed = True
-            elif not run(step, command, num_lines, timeout, number, args, directory):
+                continue
+            timeout = min(timeout, begin + args.seconds + 80 - time.perf_counter())
+            if not run(step, command, num_lines, timeout, number, args, directory):
                 any_failed = True
     print(f"{time.perf_counter() - begin:.0f} s")
     sys.exit(any_failed)
