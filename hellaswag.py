@@ -945,7 +945,7 @@ def get_args():
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.error = lambda message: fail(f"{message}; see --help")  # one line, as all errors
+    parser.error = lambda message: fail(f"{message}: see --help")  # one line, as all errors
     parser.add_argument(
         "--model",
         default="log",

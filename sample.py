@@ -725,7 +725,7 @@ def get_args():
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.error = lambda message: fail(f"{message}; see --help")  # one line, as all errors
+    parser.error = lambda message: fail(f"{message}: see --help")  # one line, as all errors
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
