@@ -331,12 +331,23 @@ def open_atomically(path):
 
 def download_hellaswag():
     """Download the validation set to PARQUET_PATH. Returns its examples. Exits if that fails."""
-    from huggingface_hub import hf_hub_download  # imported here because it is slow
+    from huggingface_hub import HfApi, hf_hub_download  # imported here because it is slow
 
-    # Read and check the file in a temporary directory, so that a damaged download is not kept.
     try:
+        # Ask for the newest commit. Without a network, this question fails at once, but
+        # hf_hub_download would try again for 20 seconds.
+        commit = HfApi().dataset_info(REPO_ID).sha
+
+        # Download the file to a temporary directory and check it, so that a damaged file is not
+        # kept.
         with tempfile.TemporaryDirectory() as directory:
-            path = hf_hub_download(REPO_ID, HUB_PATH, repo_type="dataset", local_dir=directory)
+            path = hf_hub_download(
+                REPO_ID,
+                HUB_PATH,
+                repo_type="dataset",
+                revision=commit,
+                local_dir=directory,
+            )
             examples = read_hellaswag(path, NUM_EXAMPLES)
             with open(path, "rb") as file:
                 content = file.read()
@@ -1065,9 +1076,9 @@ def main():
         prepare(args)
         return
 
-    # Choose attention kernels, and TF32 for float32 matmuls on GPUs that support it. cuDNN's attention builds a new plan
-    # for every new length, which takes longer than the attention itself. Here nearly every batch
-    # has another length, so PyTorch's other attention kernels are used.
+    # Choose attention kernels, and TF32 for float32 matmuls on GPUs that support it. cuDNN's
+    # attention builds a new plan for every new length, which takes longer than the attention
+    # itself. Here nearly every batch has another length, so PyTorch's other kernels are used.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("high")
 

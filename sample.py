@@ -6,11 +6,16 @@ Generate text with a GPT-2: a checkpoint of train_gpt2.py, or any Hugging Face G
     python sample.py --model log/step_019073 --num_samples 4 --temperature 0.8 --top_p 0.9
     cat prompt.txt | python sample.py --model gpt2 --prompt - --stop "." --max_new_tokens 100
 
-Prints the prompt and its continuation, token by token. Without --prompt, it asks for prompts on a
-terminal, and otherwise starts a new document. The same flags give the same text. A model is read
-from a directory or the Hugging Face Hub. Nothing is written. Expect about 35 tokens per second from
-GPT-2 124M on two CPU cores: each token needs all weights from memory. With --dtype bfloat16 the
-weights take half the memory.
+A language model computes the probability of each token of its vocabulary to be the next one. One of
+these tokens is drawn at random and appended to the text. Then the model computes the probabilities
+of the token after it, and so on.
+
+The prompt and its continuation are printed token by token. Without --prompt, the script asks for
+prompts on a terminal; otherwise it starts a new document. With the same flags, the text is the same
+every time. The model is read from a directory or the Hugging Face Hub. No file is written, except
+for the Hub's downloads. Expect about 35 tokens per second from GPT-2 124M on two CPU cores. Reading
+all weights from memory for each token takes most of this time. With --dtype bfloat16, the weights
+take half the memory.
 
 Sections: sampling, text, model, loading, command line.
 """
@@ -40,11 +45,12 @@ CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except newli
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Sample one token per row from softmax(logits / temperature). Returns (B,) for logits (B, V).
 
-    temperature 0 always takes the most likely token. top_k keeps only the top_k most likely tokens
-    (0: all). top_p then keeps the smallest set of most likely tokens with a total probability of
-    at least top_p ("nucleus sampling", from "The Curious Case of Neural Text Degeneration", 2019).
-    Raises ValueError if logits are NaN or infinite.
+    temperature below 1 makes likely tokens more likely. 0 always takes the most likely token. top_k
+    keeps only the top_k most likely tokens (0: all). top_p then keeps the smallest set of most
+    likely tokens with a total probability of at least top_p ("nucleus sampling", from "The Curious
+    Case of Neural Text Degeneration", 2019). Raises ValueError if logits are NaN or infinite.
     """
+    # Greedy sampling needs no random numbers.
     highest, most_likely = logits.float().max(dim=-1)  # (B, V) -> (B,) and (B,)
     if not highest.isfinite().all():
         raise ValueError("the logits are NaN or infinite: try --dtype float32 or another --model")
@@ -61,49 +67,55 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     logits = logits.float() - highest[:, None]  # (B, k)
     probs = F.softmax(logits / temperature, dim=-1)  # (B, k)
 
-    # top_p: drop a token if the tokens before it have a total probability of top_p already.
+    # top_p: drop a token if the more likely tokens have a total probability of top_p already. The
+    # most likely token is kept even if top_p is so small that float32 rounds it to 0.
     if top_p < 1:
-        before = probs.cumsum(dim=-1) - probs  # (B, k)
+        before = probs.cumsum(dim=-1) - probs  # (B, k), total probability of more likely tokens
         dropped = before >= top_p
-        dropped[:, 0] = False  # keep the most likely token even if top_p is rounded to 0
+        dropped[:, 0] = False
         probs = probs.masked_fill(dropped, 0)
 
-    # multinomial does not need probabilities that add up to 1.
+    # Draw one of the k tokens. multinomial does not need probabilities that add up to 1.
     choice = torch.multinomial(probs, 1, generator=generator)  # (B, k) -> (B, 1), indices of tokens
     return tokens.gather(1, choice)[:, 0]  # (B, k) -> (B, 1) -> (B,)
 
 
 @torch.inference_mode()
 def generate(model, prompt_tokens, num_samples, max_new_tokens, sampler):
-    """Yield the next token of each sample, (num_samples,), max_new_tokens times.
+    """Continue a prompt. Yields max_new_tokens times the next token of each sample, (num_samples,).
 
-    All samples continue prompt_tokens, a list. sampler maps logits (num_samples, V) to the next
+    prompt_tokens is a list. sampler is a function that maps logits (num_samples, V) to the next
     tokens, as sample_token does.
     """
     n_positions = model.config["n_positions"]
     device = model.wte.weight.device
 
-    # The prompt is the same for all samples. Process it once and copy its keys and values.
+    # Process the prompt once. It is the same for all samples.
     idx = torch.tensor([prompt_tokens], device=device)  # (1, T)
     cache = model.new_cache(1, len(prompt_tokens))
     x = model(idx, cache)[:, -1]  # (1, T) -> (1, T, C) -> (1, C)
+    logits = model.logits(x)  # (1, C) -> (1, V)
+
+    # Copy the results for B = num_samples samples.
+    idx = idx.expand(num_samples, -1)  # (1, T) -> (B, T)
+    logits = logits.expand(num_samples, -1)  # (1, V) -> (B, V)
     copies = torch.zeros(num_samples, dtype=torch.int64, device=device)  # sequence 0, B times
     max_length = min(n_positions, len(prompt_tokens) + max_new_tokens)
     cache = cache.select(copies, max_length)
-    idx = idx.expand(num_samples, -1)  # (1, T) -> (B, T)
-    logits = model.logits(x).expand(num_samples, -1)  # (1, C) -> (1, V) -> (B, V)
+
+    # The first new token follows from the prompt, each further one from the token before it.
     next_token = sampler(logits)  # (B, V) -> (B,)
     yield next_token
-
     for _ in range(max_new_tokens - 1):
         idx = torch.cat((idx, next_token[:, None]), dim=1)  # (B, T) -> (B, T + 1)
         if idx.shape[1] <= n_positions:
             # With the cache, only the newest token has to be processed.
             x = model(idx[:, -1:], cache)[:, -1]  # (B, 1) -> (B, 1, C) -> (B, C)
         else:
-            # The text is longer than the model's context. The oldest token is dropped, so all
-            # others move to another position and get another position embedding. Their keys and
-            # values change, the cache cannot be used, and each step processes n_positions tokens.
+            # The text is longer than the model's context, so the oldest token is dropped. All other
+            # tokens move to another position and get another position embedding. This changes
+            # their keys and values. So the cache cannot be used any more, and each step processes
+            # n_positions tokens.
             idx = idx[:, 1:]  # (B, n_positions)
             x = model(idx)[:, -1]  # (B, n_positions) -> (B, n_positions, C) -> (B, C)
         next_token = sampler(model.logits(x))  # (B, C) -> (B, V) -> (B,)
@@ -112,7 +124,10 @@ def generate(model, prompt_tokens, num_samples, max_new_tokens, sampler):
 
 # ---------------------------------------------------------------------------------------- text
 def partial_stop_length(text, stops):
-    """Return the length of the longest end of text that a stop text could begin with."""
+    """Return how many characters at the end of text may be the beginning of a stop text.
+
+    For the text "one. T" and the stop text "The end" it is 1.
+    """
     longest = 0
     for stop in stops:
         for length in range(longest + 1, len(stop)):
@@ -124,15 +139,15 @@ def partial_stop_length(text, stops):
 class StreamDecoder:
     """Turn the tokens of one sample into text as they arrive, up to <|endoftext|> or a stop text.
 
-    Tokens are parts of UTF-8 text, and a character can be split between two of them. Only complete
-    characters are returned. Invalid bytes and control characters, which could send commands to a
-    terminal, become U+FFFD.
+    Tokens are pieces of UTF-8 bytes, and a character can be split between two of them. Only
+    complete characters are returned. Invalid bytes become U+FFFD, and so do control characters,
+    which could send commands to a terminal.
     """
 
     def __init__(self, tokenizer, stops):
         self.tokenizer = tokenizer
         self.stops = stops
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds incomplete characters
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps incomplete characters
         self.pending = ""  # text that may turn out to be the beginning of a stop text
         self.done = False
 
@@ -140,9 +155,11 @@ class StreamDecoder:
         """Add a token and return the text that can be printed now. The token None ends the text."""
         if self.done:
             return ""
+
+        # Decode the bytes of the token. utf8 returns an incomplete character when the rest of its
+        # bytes arrive, or as U+FFFD at the end.
         self.done = token is None or token == self.tokenizer.eot_token
         data = b"" if self.done else self.tokenizer.decode_single_token_bytes(token)
-        # If bytes of a character are missing, utf8 keeps the others until they arrive.
         text = self.pending + self.utf8.decode(data, final=self.done)
 
         # A stop text ends the sample. If there are several, the first one counts.
@@ -187,14 +204,14 @@ def print_samples(model, tokenizer, prompt, args, echo=True):
     With echo, the prompt is printed before each of them. Raises ValueError if the prompt is too
     long, if the model computes NaN, or if the samples need too much memory.
     """
-    prompt_tokens = encode(tokenizer, prompt)
-    if not prompt_tokens:
-        prompt_tokens = [tokenizer.eot_token]  # the beginning of a document
+    # Tokenize the prompt. <|endoftext|> is the beginning of a document.
+    prompt_tokens = encode(tokenizer, prompt) or [tokenizer.eot_token]
     n_positions = model.config["n_positions"]
     if len(prompt_tokens) > n_positions:
         n = len(prompt_tokens)
         limit = f"the model takes at most {n_positions}"
         raise ValueError(f"the prompt has {n} tokens, but {limit}: use a shorter prompt")
+
     shown_prompt = prompt if echo else ""
     steps = stream_texts(model, tokenizer, prompt_tokens, args)
     try:
@@ -748,7 +765,7 @@ def get_args():
     group.add_argument(
         "--device",
         default="auto",
-        help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)",
+        help="auto, cpu, cuda, cuda:1, mps, ... (default: auto, the GPU if there is one)",
     )
     group.add_argument(
         "--dtype",
@@ -772,7 +789,8 @@ def get_args():
         "--max_new_tokens",
         type=int,
         default=200,
-        help="most tokens per sample; slow beyond the model's context length (default: 200)",
+        help="largest number of new tokens per sample; tokens beyond the model's context\n"
+        "length are slow (default: 200)",
     )
     group.add_argument(
         "--stop",
@@ -786,8 +804,8 @@ def get_args():
         "--temperature",
         type=float,
         default=1.0,
-        help="divides the logits: below 1 less random, above 1 more random,\n"
-        "0 always takes the most likely token (default: 1.0)",
+        help="number that divides the logits: below 1 the text is less random, above 1 more\n"
+        "random, and 0 always takes the most likely token (default: 1.0)",
     )
     group.add_argument(
         "--top_k",
@@ -799,8 +817,8 @@ def get_args():
         "--top_p",
         type=float,
         default=1.0,
-        help="sample from the most likely tokens with a total probability of top_p;\n"
-        "1.0 means all tokens (default: 1.0)",
+        help="sample from the smallest set of most likely tokens with a total probability\n"
+        "of at least top_p; 1.0 means all tokens (default: 1.0)",
     )
     group.add_argument("--seed", type=int, default=1337, help="random seed (default: 1337)")
     args = parser.parse_args()
@@ -810,14 +828,17 @@ def get_args():
 
 def check_args(args):
     """Exit if a flag has an invalid value."""
+    # The conditions are written so that NaN fails: every comparison with NaN is False.
     for name in ("num_samples", "max_new_tokens", "top_p"):
         value = getattr(args, name)
-        if not value > 0:  # not value <= 0, which is False for NaN
+        if not value > 0:
             fail(f"--{name} is {value}: it must be above 0")
     for name in ("temperature", "top_k", "seed"):
         value = getattr(args, name)
         if not value >= 0:
             fail(f"--{name} is {value}: it must be 0 or more")
+
+    # A typing error in num_samples must not fill the memory, and PyTorch's seeds have 64 bits.
     limits = {"top_p": 1, "seed": 2**64 - 1, "num_samples": 100_000}
     for name, limit in limits.items():
         value = getattr(args, name)
@@ -833,7 +854,10 @@ def replace_invalid(text):
 
 
 def read_prompt():
-    """Return all of standard input, without the newline and the byte order mark of text files."""
+    """Return the prompt for "--prompt -": all of standard input.
+
+    The byte order mark and the newline at the end, which many editors add, are not part of it.
+    """
     if sys.stdin is None:  # closed by the shell, as in "<&-"
         return ""
     prompt = sys.stdin.buffer.read().decode(errors="replace").removeprefix("\ufeff")
@@ -849,6 +873,7 @@ def ask_for_prompts(model, tokenizer, directory, args):
         except EOFError:  # Ctrl-D
             print()
             return
+        # After an error, for example a prompt that is too long, another prompt can be typed.
         try:
             print_samples(model, tokenizer, replace_invalid(prompt), args, echo=False)
         except ValueError as error:
@@ -864,10 +889,12 @@ def main():
     device = pick_device(args.device)
     model, tokenizer, directory = load_model(args.model, device, DTYPES[args.dtype])
 
+    # Without --prompt: ask for prompts if someone can answer, otherwise start a new document.
     on_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if args.prompt is None and on_terminal:
         ask_for_prompts(model, tokenizer, directory, args)
         return
+
     prompt = read_prompt() if args.prompt == "-" else replace_invalid(args.prompt or "")
     try:
         print_samples(model, tokenizer, prompt, args)

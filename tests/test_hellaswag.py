@@ -701,6 +701,8 @@ def test_closed_streams_do_not_lose_the_result(closed, tmp_path, tiny):
 
 
 # ------------------------------------------------------------------------------------- download
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES_PATH = f"/datasets/Rowan/hellaswag/resolve/{COMMIT}/"
 HUB_NAME = "data/validation-00000-of-00001.parquet"
 
 
@@ -715,15 +717,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = urllib.parse.unquote(self.path.split("?")[0])
         self.server.log.append((self.command, path))
-        name = path.removeprefix("/datasets/Rowan/hellaswag/resolve/main/")
         if self.server.status != 200:
             self.answer(self.server.status, b"")
-        elif name not in self.server.files:
+        elif path == "/api/datasets/Rowan/hellaswag":
+            self.answer(200, json.dumps({"id": "Rowan/hellaswag", "sha": COMMIT}).encode())
+        elif path.removeprefix(FILES_PATH) not in self.server.files:
             self.answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
         else:
-            content = self.server.files[name]
+            content = self.server.files[path.removeprefix(FILES_PATH)]
             etag = hashlib.sha1(content).hexdigest()
-            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": "0123456789abcdef" * 2 + "01234567"}
+            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
             self.answer(200, content, **headers)
 
     do_HEAD = do_GET

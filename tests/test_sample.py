@@ -849,7 +849,7 @@ def test_a_hub_download_that_stalls_is_one_line(monkeypatch):
 
 def test_no_checkpoint_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_refused(words=["no checkpoint in log", "train_gpt2.py", "--model"])
+    assert_refused(words=["found no checkpoint in log", "train_gpt2.py", "--model"])
     (tmp_path / "log").mkdir()
     assert_refused(words=["log contains neither config.json nor step_"])
 
