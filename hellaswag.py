@@ -95,7 +95,7 @@ class Example:
 
 @torch.inference_mode()
 def score_endings(model, contexts, endings):
-    """Compute the losses of endings in nats. Returns totals and means per token, two (B, k) tensors.
+    """Compute the losses of endings in nats. Returns (totals, means per token), (B, k) each.
 
     contexts are B lists of n tokens, all with the same n. endings[b] are the k endings of
     contexts[b].
@@ -233,7 +233,8 @@ def evaluate(model, examples, batch_size):
     short_examples = {}
     for i, example in enumerate(examples):
         if row_length(example) > n_positions:
-            yield i, *score_long_example(model, example)
+            totals, means = score_long_example(model, example)
+            yield i, totals, means
         else:
             short_examples[i] = example
 
@@ -253,9 +254,12 @@ def check_example(example):
     label = example.get("label")
     context = example.get("ctx")
     endings = example.get("endings")
+
+    # bool is a subclass of int in Python, so isinstance would accept true.
     if type(ind) is not int:
         raise ValueError(f"'ind' must be the number of the example, but it is {ind!r}")
-    if str(label) not in ("0", "1", "2", "3"):  # the Hub's file has labels as text
+    # The Hub's file has labels as text. str makes 1 and "1" equal, but not true or 1.0.
+    if str(label) not in ("0", "1", "2", "3"):
         raise ValueError(f"'label' must be 0 to 3, but it is {label!r}")
     if not isinstance(context, str) or not context:
         raise ValueError("'ctx' must be a text that is not empty")
@@ -288,16 +292,19 @@ def read_parquet(path):
 
 
 def read_hellaswag(path, num_examples=None):
-    """Read the examples of a JSON-lines or parquet file. Returns dicts with the fields of HellaSwag.
+    """Read the examples of a JSON-lines or parquet file. Returns a list of dicts.
 
-    Raises ValueError if an example is malformed, or if the number of examples is not num_examples
-    (None: any number but 0). Raises OSError if the file cannot be read.
+    Each has the fields of HellaSwag ("ind", "label", "ctx" and "endings") with valid values. Raises
+    ValueError if an example is malformed, or if the number of examples is not num_examples (None:
+    any number but 0). Raises OSError if the file cannot be read.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
     with open(path, "rb") as file:
         is_parquet = file.read(4) == b"PAR1"  # every parquet file begins with these bytes
     examples = read_parquet(path) if is_parquet else read_json_lines(path)
+
+    # Check every example. An error names the row or the line.
     unit = "row" if is_parquet else "line"
     for number, example in enumerate(examples, 1):
         try:
@@ -305,6 +312,8 @@ def read_hellaswag(path, num_examples=None):
         except ValueError as error:
             where = f"{unit} {number} of {path}"
             raise ValueError(f"{where} is not a HellaSwag example: {error}") from None
+
+    # Check the number of examples.
     if num_examples is not None and len(examples) != num_examples:
         counts = f"{len(examples)} examples, but the validation set has {num_examples}"
         raise ValueError(f"{path} contains {counts}")
@@ -1065,7 +1074,10 @@ def predict(model, examples, batch_size):
 
 
 def accuracy(predictions, name):
-    """Return the fraction of correct predictions. name is "pred" (acc) or "pred_norm" (acc_norm)."""
+    """Return the fraction of correct predictions.
+
+    name is "pred" for acc, and "pred_norm" for acc_norm.
+    """
     num_correct = sum(prediction[name] == prediction["label"] for prediction in predictions)
     return num_correct / len(predictions)
 
@@ -1091,7 +1103,7 @@ def main():
     examples = load_examples(args.data, tokenizer, args.limit)
     n = len(examples)
 
-    # Tell if examples are too long for the model. GPT-2 has 1,024 positions, enough for all.
+    # Report how many examples are too long for the model. GPT-2 has 1,024 positions, enough for all.
     n_positions = model.config["n_positions"]
     num_long = sum(row_length(example) > n_positions for example in examples)
     if num_long:

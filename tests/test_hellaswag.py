@@ -28,7 +28,7 @@ hellaswag = load("hellaswag")
 
 # --------------------------------------------------------------------------- the plain method
 class BytesTokenizer:
-    """The tokenizer "bytes", written again."""
+    """A second implementation of the tokenizer "bytes": the tokens of a text are its UTF-8 bytes."""
 
     def encode(self, text):
         return list(text.encode())
@@ -128,7 +128,9 @@ def write_jsonl(path, examples):
 
 def write_parquet(path, examples):
     """Write examples as parquet, with labels as text, as the Hub has them. Returns path."""
-    columns = {name: [example[name] for example in examples] for name in examples[0]}
+    columns = {}
+    for name in examples[0]:
+        columns[name] = [example[name] for example in examples]
     columns["label"] = [str(label) for label in columns["label"]]
     table = pa.table(columns)
     pq.write_table(table.set_column(0, "ind", table["ind"].cast(pa.int32())), path)
@@ -285,7 +287,7 @@ def test_a_batch_has_contexts_of_one_length_and_little_padding(examples):
     tokenizer = hellaswag.get_tokenizer("bytes")
     tokenized = [hellaswag.tokenize(example, tokenizer) for example in examples]
     batches = hellaswag.make_batches(dict(enumerate(tokenized)), batch_size=4)
-    assert sorted(i for batch in batches for i in batch) == list(range(500))
+    assert sorted(sum(batches, [])) == list(range(500))
     lengths = []
     for batch in batches:
         rows = [hellaswag.row_length(tokenized[i]) for i in batch]

@@ -88,7 +88,7 @@ def edit_config(directory, **changes):
 
 
 def generate(model, prompt, max_new_tokens, num_samples=1, **settings):
-    """Return the new tokens of sample.generate, num_samples lists; greedy if there are no settings."""
+    """Return the new tokens of sample.generate, num_samples lists. Without settings, it is greedy."""
     settings = settings or {"temperature": 0}
 
     def sampler(logits):
