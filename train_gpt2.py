@@ -2,7 +2,7 @@
 Lesson 3: pre-train GPT-2 (124M to 1.6B parameters) on a CPU, one GPU or many GPUs.
 
     python prepare_shakespeare.py
-    python train_gpt2.py --preset shakespeare                # 0.8M parameters, two CPU cores, minutes
+    python train_gpt2.py --preset shakespeare                # 0.8M parameters, two CPU cores, a minute
 
     python fineweb.py
     python train_gpt2.py                                     # GPT-2 124M on one GPU
@@ -18,11 +18,11 @@ number of processes.
 
 The loss at step 0 is about ln(vocab_size) + n_embd * 0.02^2 / 2 (half the variance of the logits):
 10.98 for GPT-2 124M, 5.58 for --preset shakespeare. Expect a validation loss of about 3.29 on
-FineWeb-Edu after 19,073 steps, and SHAKESPEARE_LOSS nats per byte with --preset shakespeare, in
-SHAKESPEARE_TIME on two CPU cores.
+FineWeb-Edu after 19,073 steps. --preset shakespeare ends at 1.55 nats per byte, after 71 seconds on two
+CPU cores.
 
-Sections: model, data, optimizer, evaluation, run directory, resuming,
-stopping, command line, setup, reporting, training loop.
+Sections: model, data, optimizer, evaluation, run directory, resuming, stopping, command line, setup,
+reporting, training loop.
 In a hurry, read main() at the end.
 """
 
