@@ -919,10 +919,10 @@ class Muon(torch.optim.Optimizer):
         per_rank = math.ceil(len(matrices) / self.world_size)
         padding = per_rank * self.world_size - len(matrices)
         padded = torch.cat((matrices, matrices.new_zeros(padding, *matrices.shape[1:])))
-        own = orthogonalize(padded[self.rank * per_rank : (self.rank + 1) * per_rank])
-        gathered = own.new_empty(padded.shape)
-        dist.all_gather_into_tensor(gathered, own.contiguous())
-        return gathered[: len(matrices)]
+        own = orthogonalize(padded[self.rank * per_rank : (self.rank + 1) * per_rank]).contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(parts, own)
+        return torch.cat(parts)[: len(matrices)]
 
 
 def orthogonalize(x):
