@@ -1,5 +1,5 @@
 """
-Evaluate a GPT-2 on HellaSwag: does it find the correct one of four endings the most likely?
+Evaluate a GPT-2 on HellaSwag: how often does it find the correct one of four endings?
 
     python hellaswag.py                               # the newest checkpoint in log/
     python hellaswag.py --model gpt2                  # OpenAI's GPT-2, from the Hugging Face Hub
@@ -17,9 +17,10 @@ which is the number of the correct ending. This one is invented, in the form of 
                  "paints the dog's nails."],
      "label": 2}
 
-A language model cannot be asked to choose. But it computes the probability of each token given the
-tokens before it, and so it can say how likely each ending is after the context. The loss of a token
-is -ln(its probability). The losses of the four endings could be
+A model that only continues text cannot answer a multiple-choice question. But it computes the
+probability of each token given the tokens before it. So we can measure how likely each ending is
+after the context, and take the most likely ending as the answer. The loss of a token is -ln of its
+probability: the lower, the more likely. The losses of the four endings could be
 
     ending   tokens   total loss   mean loss per token
          0        7         24.5                  3.50
@@ -27,27 +28,28 @@ is -ln(its probability). The losses of the four endings could be
          2       12         34.8                  2.90    <- the correct ending
          3        6         23.4                  3.90
 
-acc picks the ending with the lowest total loss. Here it is ending 3, which is wrong: short endings
-have an advantage. acc_norm picks the ending with the lowest mean loss per token. Here it is ending
-2, which is correct. Both are reported as the fraction of examples that are answered correctly.
-Random guessing gives 0.25. As in build-nanogpt and llm.c, the context and " " + ending are
-tokenized separately, and the losses of the context do not count. The last line of the output for
---model gpt2 is
+acc picks the ending with the lowest total loss. Here it is ending 3, which is wrong: a short ending
+has an advantage, because its total has fewer terms. acc_norm picks the ending with the lowest mean
+loss per token. Here it is ending 2, which is correct. Both are reported as the fraction of examples
+that are answered correctly. Random guessing gives 0.25.
+
+As in build-nanogpt and llm.c, the context and " " + ending are tokenized separately, and the losses
+of the context do not count. The last line of the output for --model gpt2 is
 
     10042 acc: 0.2859 acc_norm: 0.2955
 
-as published with build-nanogpt. Larger GPT-2 models and training on more tokens give more.
+These are the values that build-nanogpt reports. Larger models, and models trained on more tokens,
+reach higher values.
 
 The validation set (10,042 examples) is downloaded once, to hellaswag/hellaswag_val.parquet. --data
-FILE uses another file. --output FILE writes the losses of every ending as JSON. --prepare writes
-hellaswag/hellaswag_val.npz. With GPT-2 124M, two CPU cores take about an hour in float32, and a GPU
-less than a minute.
+FILE reads another file. --output FILE writes the losses of every ending as JSON. --prepare writes
+hellaswag/hellaswag_val.npz. For GPT-2 124M, an evaluation takes about an hour on two CPU cores in
+float32, and less than a minute on a GPU.
 
 Sections: scoring, data, model, loading, command line.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -56,6 +58,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -71,7 +74,8 @@ from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPO_ID = "Rowan/hellaswag"  # the authors' data set on the Hugging Face Hub
-PARQUET_PATH = "hellaswag/hellaswag_val.parquet"  # the validation set, downloaded from the Hub
+HUB_PATH = "data/validation-00000-of-00001.parquet"  # the validation set in that data set
+PARQUET_PATH = "hellaswag/hellaswag_val.parquet"  # where the download is stored
 JSONL_PATH = "hellaswag/hellaswag_val.jsonl"  # the same as JSON lines, used if it exists
 PREPARED_PATH = "hellaswag/hellaswag_val.npz"  # written by --prepare and read by train_gpt2.py
 NUM_EXAMPLES = 10042  # in the validation set
@@ -91,40 +95,45 @@ class Example:
 
 @torch.inference_mode()
 def score_endings(model, contexts, endings):
-    """Return the losses of endings in nats: totals and means per token, two (B, k) tensors.
+    """Compute the losses of endings in nats. Returns totals and means per token, two (B, k) tensors.
 
     contexts are B lists of n tokens, all with the same n. endings[b] are the k endings of
-    contexts[b]. All k rows "context + ending" of an example begin with the same context. So the
-    model processes each context once, and its attention keys and values are copied for the k
-    endings. With four endings, this is two to three times less work than four complete rows, and
-    the losses are the same.
+    contexts[b].
+
+    The simplest method would process k complete rows "context + ending" per example. But these
+    rows begin with the same context. So each context is processed once, and its attention keys and
+    values are copied for the k endings. The losses are the same. With four endings, this is two to
+    three times less work.
     """
     B = len(contexts)
     k = len(endings[0])
     n = len(contexts[0])
     device = model.wte.weight.device
 
-    # 1. Process the contexts. Their last hidden state predicts the first token of each ending.
+    # 1. Process the contexts. The hidden state of the last token of a context predicts the first
+    # token of each of its endings.
     cache = model.new_cache(B, n)
     x = model(torch.tensor(contexts, device=device), cache)  # (B, n) -> (B, n, C)
     x = x[:, -1:]  # (B, n, C) -> (B, 1, C)
 
-    # 2. Sort the B * k endings by length. Ending i belongs to context i // k.
+    # 2. Put the B * k endings into one list: rows[i] belongs to context i // k. The order of
+    # processing is from the shortest to the longest ending.
     rows = []
     for endings_of_example in endings:
         rows += endings_of_example
     order = sorted(range(B * k), key=lambda i: len(rows[i]))
 
-    # 3. Process the endings in groups of similar length, which need little padding. On a GPU, one
-    # large group is faster than less padding.
+    # 3. Process the endings in groups. On a CPU, small groups of similar length save time, because
+    # they need little padding. On a GPU, one large group is faster in spite of its padding.
     group_size = CPU_GROUP_SIZE if device.type == "cpu" else B * k
     totals = torch.zeros(B * k, dtype=torch.float64)
     for start in range(0, B * k, group_size):
-        group = order[start : start + group_size]
-        context_of = torch.tensor([i // k for i in group], device=device)  # (N,)
-        longest = max(len(rows[i]) for i in group)
-        copies = cache.select(context_of, n + longest - 1)
-        losses = compute_losses(model, copies, x[context_of], [rows[i] for i in group])
+        group = order[start : start + group_size]  # N indices of rows
+        rows_of_group = [rows[i] for i in group]
+        longest = max(len(row) for row in rows_of_group)
+        context_of_row = torch.tensor([i // k for i in group], device=device)  # (N,)
+        copies = cache.select(context_of_row, n + longest - 1)
+        losses = compute_losses(model, copies, x[context_of_row], rows_of_group)  # (N, longest)
         totals[group] = losses.sum(dim=1)
 
     lengths = torch.tensor([len(row) for row in rows])  # (B * k,)
@@ -133,13 +142,13 @@ def score_endings(model, contexts, endings):
 
 
 def compute_losses(model, cache, x, rows):
-    """Return the loss of each token in N rows as float64, (N, T) with zeros at the end of rows.
+    """Compute the loss of each token of N rows. Returns float64, (N, T), with zeros at padding.
 
     rows are lists of at most T tokens. Row i continues sequence i of the cache, and x (N, 1, C) is
     the last hidden state of that sequence.
     """
-    # Padding does not change the losses of a row, because it is at the end, and causal attention
-    # looks at earlier tokens only.
+    # Pad the rows at the end. Causal attention looks at earlier tokens only, so padding does not
+    # change the losses of the tokens before it.
     N = len(rows)
     T = max(len(row) for row in rows)
     tokens = torch.zeros(N, T, dtype=torch.int64)
@@ -150,29 +159,32 @@ def compute_losses(model, cache, x, rows):
     tokens = tokens.to(x.device)
     is_token = is_token.to(x.device)
 
-    # The hidden states that predict the tokens. The last token of a row predicts nothing here.
+    # Compute the hidden states that predict the tokens: x predicts the first token of each row.
+    # The last token of a row predicts nothing that we need.
     if T > 1:
         rest = model(tokens[:, :-1], cache)  # (N, T - 1) -> (N, T - 1, C)
         x = torch.cat((x, rest), dim=1)  # (N, 1, C) -> (N, T, C): x[:, t] predicts tokens[:, t]
 
-    # Logits are large, 206 MB for 1,024 tokens of GPT-2's vocabulary. So they are computed in
-    # chunks, and not at all for padding.
-    losses = []
+    # Compute logits and losses in chunks of 1,024 tokens, because logits are large: 206 MB per
+    # chunk with GPT-2's vocabulary. Padding is left out.
     x = x[is_token]  # (N, T, C) -> (M, C) for M tokens in all rows
     y = tokens[is_token]  # (N, T) -> (M,)
+    losses = []
     for x_chunk, y_chunk in zip(x.split(1024), y.split(1024), strict=True):
         logits = model.logits(x_chunk).float()  # (1024, C) -> (1024, vocab_size)
         losses.append(F.cross_entropy(logits, y_chunk, reduction="none"))
+
+    # Put the M losses back where their tokens are.
     loss_of_token = torch.zeros(N, T, device=x.device)
     loss_of_token[is_token] = torch.cat(losses)
     return loss_of_token.cpu().double()
 
 
 def score_long_example(model, example):
-    """Return the same as score_endings, (1, 4), for an example longer than the model's n_positions.
+    """Score an example that is longer than the model's n_positions. Returns (totals, means).
 
-    Only the last n_positions tokens of each row "context + ending" are used. So each ending may
-    have a different part of the context, and is scored by itself.
+    Only the last n_positions tokens of each row "context + ending" are used. So the rows have
+    different parts of the context, and each ending is scored by itself.
     """
     totals = []
     means = []
@@ -180,10 +192,10 @@ def score_long_example(model, example):
         tokens = (example.context + ending)[-model.config["n_positions"] :]
         # Nothing predicts the first token. It counts as context even if it is part of the ending.
         n = max(1, len(tokens) - len(ending))
-        total, mean = score_endings(model, [tokens[:n]], [[tokens[n:]]])
-        totals.append(total)
-        means.append(mean)
-    return torch.cat(totals, dim=1), torch.cat(means, dim=1)
+        total, mean = score_endings(model, [tokens[:n]], [[tokens[n:]]])  # two (1, 1) tensors
+        totals.append(total.item())
+        means.append(mean.item())
+    return totals, means
 
 
 def row_length(example):
@@ -191,124 +203,114 @@ def row_length(example):
     return len(example.context) + max(len(ending) for ending in example.endings)
 
 
-def make_batches(examples, n_positions, batch_size):
-    """Return lists of at most batch_size indices of examples, one list per call of score_endings.
+def make_batches(examples, batch_size):
+    """Group examples whose contexts have the same length, as score_endings needs them.
 
-    The contexts of a batch have the same length. An example longer than n_positions is a batch of
-    its own.
+    examples is a dict {index: Example}. Returns lists of at most batch_size indices.
     """
-    # Sort by the length of the context, then by the longest row, so that endings in a batch have
-    # similar lengths and need little padding. The longest examples come first: if the memory is too
-    # small for them, the error comes at once.
-    order = list(range(len(examples)))
-    order.sort(key=lambda i: (len(examples[i].context), row_length(examples[i])), reverse=True)
-
-    batches = []
+    # Sort by the longest row, so that the endings of a batch have similar lengths and need little
+    # padding.
+    order = sorted(examples, key=lambda i: row_length(examples[i]), reverse=True)
+    indices_by_length = defaultdict(list)  # length of the context -> indices
     for i in order:
-        joins_last_batch = False
-        if batches:
-            first = examples[batches[-1][0]]
-            joins_last_batch = (
-                len(first.context) == len(examples[i].context)
-                and len(batches[-1]) < batch_size
-                and row_length(first) <= n_positions
-            )
-        if joins_last_batch:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+        indices_by_length[len(examples[i].context)].append(i)
+
+    # Begin with the longest contexts: if the memory is too small for them, the error comes at once.
+    batches = []
+    for length in sorted(indices_by_length, reverse=True):
+        indices = indices_by_length[length]
+        for start in range(0, len(indices), batch_size):
+            batches.append(indices[start : start + batch_size])
     return batches
 
 
 def evaluate(model, examples, batch_size):
-    """Yield (index, total losses, mean losses) for each example.
+    """Yield (index, total losses, mean losses) for each example, in the order of computation.
 
     The losses are lists of four numbers in nats.
     """
     n_positions = model.config["n_positions"]
-    for batch in make_batches(examples, n_positions, batch_size):
-        first = examples[batch[0]]
-        if row_length(first) > n_positions:
-            totals, means = score_long_example(model, first)
+    short_examples = {}
+    for i, example in enumerate(examples):
+        if row_length(example) > n_positions:
+            yield i, *score_long_example(model, example)
         else:
-            contexts = [examples[i].context for i in batch]
-            endings = [examples[i].endings for i in batch]
-            totals, means = score_endings(model, contexts, endings)
+            short_examples[i] = example
+
+    for batch in make_batches(short_examples, batch_size):
+        contexts = [examples[i].context for i in batch]
+        endings = [examples[i].endings for i in batch]
+        totals, means = score_endings(model, contexts, endings)  # two (B, 4) tensors
         yield from zip(batch, totals.tolist(), means.tolist(), strict=True)
 
 
 # ---------------------------------------------------------------------------------------- data
-def check_example(example, where):
-    """Raise ValueError if example is not a HellaSwag example. where names its line and file."""
+def check_example(example):
+    """Raise ValueError with the reason if example is not a dict with the fields of HellaSwag."""
     if not isinstance(example, dict):
-        raise ValueError(f"{where} is not a HellaSwag example: it is not a JSON object")
+        raise ValueError("it is not a JSON object")
     ind = example.get("ind")
     label = example.get("label")
     context = example.get("ctx")
     endings = example.get("endings")
-    reason = None
-    if type(ind) is not int or not 0 <= ind < 2**31:
-        reason = f"'ind' must be the number of the example, but it is {ind!r}"
-    elif label not in (0, 1, 2, 3, "0", "1", "2", "3") or type(label) not in (int, str):
-        # The Hub's file has text. Python's True equals 1, so the type is checked also.
-        reason = f"'label' must be 0 to 3, but it is {label!r}"
-    elif not isinstance(context, str) or not context:
-        reason = "'ctx' must be a text that is not empty"
-    elif not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
-        reason = "'endings' must be a list of texts"
-    elif len(endings) != 4:
-        reason = f"'endings' must be four texts, but there are {len(endings)}"
-    if reason:
-        raise ValueError(f"{where} is not a HellaSwag example: {reason}")
+    if type(ind) is not int:
+        raise ValueError(f"'ind' must be the number of the example, but it is {ind!r}")
+    if str(label) not in ("0", "1", "2", "3"):  # the Hub's file has labels as text
+        raise ValueError(f"'label' must be 0 to 3, but it is {label!r}")
+    if not isinstance(context, str) or not context:
+        raise ValueError("'ctx' must be a text that is not empty")
+    if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
+        raise ValueError("'endings' must be a list of texts")
+    if len(endings) != 4:
+        raise ValueError(f"'endings' must be four texts, but there are {len(endings)}")
 
 
-def read_rows(path):
-    """Return a list of (where, object) for the lines of a JSON-lines file or the rows of parquet.
+def read_json_lines(path):
+    """Read a file with one JSON value per line. Raises ValueError if a line is not valid JSON."""
+    with open(path, "rb") as file:
+        lines = file.read().rstrip().split(b"\n")
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number} of {path} is not valid JSON ({error})") from None
+    return values
 
-    where names the line and the file, for messages. Raises ValueError if the file is damaged.
+
+def read_parquet(path):
+    """Read the rows of a parquet file as dicts. Raises ValueError if the file is damaged."""
+    try:
+        table = pq.read_table(path, columns=["ind", "label", "ctx", "endings"])
+        return table.to_pylist()
+    except Exception as error:  # damaged files raise many types of errors
+        raise ValueError(f"{path} does not contain HellaSwag examples ({error})") from None
+
+
+def read_hellaswag(path, num_examples=None):
+    """Read the examples of a JSON-lines or parquet file. Returns dicts with the fields of HellaSwag.
+
+    Raises ValueError if an example is malformed, or if the number of examples is not num_examples
+    (None: any number but 0). Raises OSError if the file cannot be read.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
     with open(path, "rb") as file:
-        content = file.read()
-    rows = []
-    if content.startswith(b"PAR1"):  # every parquet file begins with these bytes
+        is_parquet = file.read(4) == b"PAR1"  # every parquet file begins with these bytes
+    examples = read_parquet(path) if is_parquet else read_json_lines(path)
+    unit = "row" if is_parquet else "line"
+    for number, example in enumerate(examples, 1):
         try:
-            table = pq.read_table(path, columns=["ind", "label", "ctx", "endings"])
-            objects = table.to_pylist()
-        except Exception as error:  # damaged files raise many types of errors
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path} does not contain HellaSwag examples ({reason})") from None
-        for number, example in enumerate(objects, 1):
-            rows.append((f"row {number} of {path}", example))
-        return rows
-    for number, line in enumerate(content.rstrip().split(b"\n"), 1):
-        where = f"line {number} of {path}"
-        try:
-            rows.append((where, json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not valid JSON ({error})") from None
-    return rows
-
-
-def read_hellaswag(path, num_examples=None):
-    """Return the examples of a JSON-lines or parquet file as a list of dicts.
-
-    All have the keys ind, label, ctx and endings, with checked values. Raises ValueError if an
-    example is malformed, or if the file does not contain num_examples (None: at least one)
-    examples. Raises OSError if the file cannot be read.
-    """
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        raise ValueError(f"{path} is empty")
-    rows = read_rows(path)
-    for where, example in rows:
-        check_example(example, where)
-    if num_examples is not None and len(rows) != num_examples:
-        counts = f"{len(rows)} examples, but the validation set has {num_examples}"
+            check_example(example)
+        except ValueError as error:
+            where = f"{unit} {number} of {path}"
+            raise ValueError(f"{where} is not a HellaSwag example: {error}") from None
+    if num_examples is not None and len(examples) != num_examples:
+        counts = f"{len(examples)} examples, but the validation set has {num_examples}"
         raise ValueError(f"{path} contains {counts}")
-    if not rows:
+    if not examples:
         raise ValueError(f"{path} contains no examples")
-    return [example for _, example in rows]
+    return examples
 
 
 @contextmanager
@@ -323,51 +325,28 @@ def open_atomically(path):
             yield file
         os.replace(temporary, path)
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # it does not exist any more if it was renamed
             os.remove(temporary)
 
 
 def download_hellaswag():
-    """Download the validation set to PARQUET_PATH. Returns its examples.
+    """Download the validation set to PARQUET_PATH. Returns its examples. Exits if that fails."""
+    from huggingface_hub import hf_hub_download  # imported here because it is slow
 
-    Raises ValueError if it cannot be downloaded, or if the download is damaged.
-    """
-    from huggingface_hub import HfApi, hf_hub_download  # imported here because it is slow
-
+    # Read and check the file in a temporary directory, so that a damaged download is not kept.
     try:
-        # Find the file. It is data/validation-00000-of-00001.parquet, but the Hub may rename it.
-        info = HfApi().dataset_info(REPO_ID, files_metadata=True)
-        pattern = r"(.*/)?validation[^/]*\.parquet"
-        files = [file for file in info.siblings if re.fullmatch(pattern, file.rfilename)]
-        if len(files) != 1:
-            raise ValueError(f"there are {len(files)} files validation*.parquet instead of one")
-        name = files[0].rfilename
-
-        # Download it into a temporary directory.
         with tempfile.TemporaryDirectory() as directory:
-            path = hf_hub_download(
-                REPO_ID,
-                name,
-                repo_type="dataset",
-                revision=info.sha,
-                local_dir=directory,
-            )
+            path = hf_hub_download(REPO_ID, HUB_PATH, repo_type="dataset", local_dir=directory)
+            examples = read_hellaswag(path, NUM_EXAMPLES)
             with open(path, "rb") as file:
                 content = file.read()
-
-            # Check its SHA-256, if the Hub has one, and its number of examples.
-            expected = files[0].lfs.sha256 if files[0].lfs else None
-            actual = hashlib.sha256(content).hexdigest()
-            if expected and actual != expected:
-                raise ValueError(f"{name} has SHA-256 {actual} instead of {expected}")
-            examples = read_hellaswag(path, NUM_EXAMPLES)
-    except Exception as error:  # the Hub and its HTTP client have no common base class of errors
+    except Exception as error:  # the errors of the Hub and of its HTTP client share no base class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(
+        fail(
             f"cannot download HellaSwag (data set {REPO_ID} of the Hugging Face Hub): {reason}: "
             "run the same command again, put the validation set at "
             f"{JSONL_PATH} or {PARQUET_PATH} by hand, or pass it with --data FILE"
-        ) from None
+        )
     os.makedirs(os.path.dirname(PARQUET_PATH), exist_ok=True)
     with open_atomically(PARQUET_PATH) as file:
         file.write(content)
@@ -375,9 +354,9 @@ def download_hellaswag():
 
 
 def load_examples(path, tokenizer, limit=None):
-    """Return the first limit examples, tokenized, of a file or (path None) of the validation set.
+    """Read and tokenize the first limit examples. Exits if they cannot be read.
 
-    Exits if they cannot be read.
+    path is the value of --data. None means the validation set.
     """
     try:
         if path is not None:
@@ -390,12 +369,13 @@ def load_examples(path, tokenizer, limit=None):
             examples = download_hellaswag()
         return [tokenize(example, tokenizer) for example in examples[:limit]]
     except (OSError, ValueError) as error:
-        advice = "" if "--data FILE" in str(error) else ": choose another file with --data FILE"
-        fail(f"{error}{advice}")
+        fail(f"{error}: choose another file with --data FILE")
 
 
 def tokenize(example, tokenizer):
-    """Return an Example. The context and each " " + ending are tokenized separately."""
+    """Return an Example for a dict with the fields of HellaSwag."""
+    # GPT-2's tokens of words begin with a space, so each ending gets one. Context and endings are
+    # tokenized separately, so that the tokens of the context are the same for all endings.
     return Example(
         ind=example["ind"],
         label=int(example["label"]),
@@ -411,31 +391,33 @@ def write_prepared(path, examples):
     context_length  (N,) int64, number of tokens in the context
     length          (N, 4) int64, number of tokens in each row
     label           (N,) int64, number of the correct ending
-    ind             (N,) int64, number of the example in the original data set
 
     The examples are sorted by their longest row, the shortest first, so that batches of neighbors
     need little padding. T is the length of the longest row of all.
     """
     examples = sorted(examples, key=row_length)
-    tokens = np.zeros((len(examples), 4, row_length(examples[-1])), dtype=np.uint16)
-    length = np.zeros((len(examples), 4), dtype=np.int64)
+    N = len(examples)
+    T = row_length(examples[-1])
+    tokens = np.zeros((N, 4, T), dtype=np.uint16)
+    context_length = np.zeros(N, dtype=np.int64)
+    length = np.zeros((N, 4), dtype=np.int64)
+    label = np.zeros(N, dtype=np.int64)
     for i, example in enumerate(examples):
+        context_length[i] = len(example.context)
+        label[i] = example.label
         for j, ending in enumerate(example.endings):
             row = example.context + ending
             tokens[i, j, : len(row)] = row
             length[i, j] = len(row)
-    context_length = [len(example.context) for example in examples]
-    label = [example.label for example in examples]
-    ind = [example.ind for example in examples]
+
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open_atomically(path) as file:
         np.savez_compressed(
             file,
             tokens=tokens,
-            context_length=np.array(context_length, dtype=np.int64),
+            context_length=context_length,
             length=length,
-            label=np.array(label, dtype=np.int64),
-            ind=np.array(ind, dtype=np.int64),
+            label=label,
         )
 
 
@@ -459,17 +441,20 @@ def encode(tokenizer, text):
 
 # --------------------------------------------------------------------------------------- model
 # --- copied block: GPT ---
-# An inference-only GPT-2. Its modules and parameters have the same names as those of train_gpt2.py
-# and of transformers. There is no dropout and no initialization. The key/value cache is what
-# train_gpt2.py does not have. In the shapes below, B is the batch size, T the number of new tokens,
-# S the number of all tokens so far, C the number of channels (768 in GPT-2 124M), nh the number of
-# heads (12) and hs = C / nh the size of a head (64).
+# GPT-2 for inference. Modules and parameters have the same names as in train_gpt2.py and in
+# transformers. Differences from train_gpt2.py:
+# - a key/value cache: each token is processed once, and not again for every token after it
+# - forward() returns hidden states, and logits() computes the logits that are needed
+# - no loss, no dropout, no initialization of weights, no padding of the vocabulary
+#
+# Shapes: B is the batch size, T the number of new tokens, S the number of all tokens so far, C the
+# number of channels (768 in GPT-2 124M), nh the number of heads (12), hs = C / nh the size of a
+# head (64).
 class KVCache:
     """The attention keys and values of all tokens that the model has processed so far.
 
     In causal attention, the keys and values of a token do not depend on later tokens. So they are
-    computed once and kept, and a forward pass processes only the new tokens. Memory for max_length
-    tokens is allocated at the beginning.
+    computed once and kept, and a forward pass processes only the new tokens.
     """
 
     def __init__(self, shape, device, dtype):
@@ -481,7 +466,8 @@ class KVCache:
     def append(self, layer, k, v):
         """Store k and v (B, nh, T, hs) of T new tokens in a layer.
 
-        Returns the keys and values of all S tokens, two tensors (B, nh, S, hs).
+        Returns the keys and values of all S tokens, two tensors (B, nh, S, hs). GPT.forward
+        increases self.length when all layers have stored theirs.
         """
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
@@ -489,9 +475,10 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def select(self, sequences, max_length):
-        """Return a cache with a copy of some sequences, and memory for max_length tokens of each.
+        """Return a cache with copies of some sequences, and memory for max_length tokens of each.
 
-        sequences (N,) are their indices, from 0 to B - 1. Each may be selected several times.
+        sequences (N,) are indices from 0 to B - 1. An index may occur several times: then several
+        continuations of this sequence can be computed.
         """
         n_layer, _, n_head, _, head_size = self.keys.shape
         shape = (n_layer, len(sequences), n_head, max_length, head_size)
@@ -523,13 +510,15 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
         v = v.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
 
-        # keys and values of the earlier tokens
+        # add the keys and values of the earlier tokens
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, nh, T, hs) -> (B, nh, S, hs)
 
-        # Without earlier tokens, is_causal masks the future. That is faster than a mask.
+        # attention: without earlier tokens, is_causal masks the future, which is faster than a mask
         is_causal = k.shape[2] == T
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+        # concatenate the heads
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, nh, hs) -> (B, T, C)
         return self.c_proj(y)
 
@@ -549,7 +538,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention (communication), then the MLP (computation), each with a residual connection."""
+    """Attention, then the MLP, each behind a LayerNorm and with a residual connection."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -565,14 +554,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. forward() returns hidden states; logits() turns those that are needed into logits."""
+    """GPT-2. config is a dict as read_config returns it."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # wte is the token embedding and the output head, wpe is the position embedding.
-        self.wte = nn.Embedding(config["vocab_size"], config["n_embd"])
-        self.wpe = nn.Embedding(config["n_positions"], config["n_embd"])
+        self.wte = nn.Embedding(config["vocab_size"], config["n_embd"])  # tokens; also the head
+        self.wpe = nn.Embedding(config["n_positions"], config["n_embd"])  # positions
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config["n_layer"])])
         self.ln_f = nn.LayerNorm(config["n_embd"], eps=config["layer_norm_epsilon"])
 
@@ -588,8 +576,8 @@ class GPT(nn.Module):
             # Some weights are transposed views. Contiguous weights are faster.
             weights[name] = weight.to(device, dtype).contiguous()
 
-        # The model is created without memory (on the device "meta") and without initialization.
-        # assign=True makes the loaded tensors its parameters.
+        # Create the model without memory for its weights (on the device "meta"), and make the
+        # loaded tensors its parameters (assign=True). So the weights exist only once.
         with torch.device("meta"):
             model = cls(config)
         try:
@@ -598,7 +586,7 @@ class GPT(nn.Module):
             # The message lists missing names, unexpected names and wrong shapes, one per line.
             reason = " ".join(str(error).split())
             raise ValueError(f"{directory} does not match its config.json: {reason}") from None
-        return model.eval()
+        return model
 
     def new_cache(self, batch_size, max_length):
         """Return an empty cache for batch_size sequences of at most max_length tokens."""
@@ -617,13 +605,17 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length  # position of the first new token
 
         # If there are earlier tokens and several new ones, attention needs a mask (T, S): new token
-        # i is at position start + i and attends to the positions 0 to start + i.
+        # i is at position start + i and attends to the positions 0 to start + i. A single new token
+        # attends to all positions.
         mask = None
         if start > 0 and T > 1:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
 
+        # token embeddings plus position embeddings
         positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
+
+        # all blocks, the final LayerNorm
         for block in self.h:
             x = block(x, mask, cache)
         if cache is not None:
@@ -632,7 +624,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Return the logits (..., vocab_size) of the next token for hidden states x (..., C)."""
-        return F.linear(x, self.wte.weight)
+        return F.linear(x, self.wte.weight)  # the output head is the token embedding
 
 
 # --- end of copied block: GPT ---
@@ -922,9 +914,11 @@ def load_model(name, device, dtype):
     name is the directory of a model, the directory of a run (its newest checkpoint is used), or
     the name of a model on the Hugging Face Hub.
     """
+    # The default is log/. A newcomer who has not trained a model yet needs other advice than
+    # someone who mistyped a name.
     if name == "log" and not os.path.isdir(name):
         advice = "train a model with python train_gpt2.py, or choose a model with --model"
-        fail(f"there is no checkpoint in log/: {advice}")
+        fail(f"found no checkpoint in log/: {advice}")
     try:
         directory = find_pretrained(name)
         model = GPT.from_pretrained(directory, device, dtype)
@@ -950,6 +944,8 @@ def get_args():
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.error = lambda message: fail(f"{message}: see --help")  # one line, as all errors
+
+    # what to evaluate
     parser.add_argument(
         "--model",
         default="log",
@@ -968,6 +964,8 @@ def get_args():
         metavar="N",
         help="use only the first N examples (default: all)",
     )
+
+    # what to write
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -979,6 +977,8 @@ def get_args():
         help="tokenize the examples for train_gpt2.py instead of evaluating a model,\n"
         f"and write them to {PREPARED_PATH}",
     )
+
+    # how to compute
     parser.add_argument(
         "--batch_size",
         type=int,
@@ -989,7 +989,7 @@ def get_args():
     parser.add_argument(
         "--device",
         default="auto",
-        help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)",
+        help="auto, cpu, cuda, cuda:1, mps, ... (default: auto, the GPU if there is one)",
     )
     parser.add_argument(
         "--dtype",
@@ -997,17 +997,29 @@ def get_args():
         help="dtype for weights and activations (default: float32 on CPUs,\n"
         "bfloat16 on GPUs that support it and float32 on GPUs that do not)",
     )
+
     args = parser.parse_args()
     for name in ("limit", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             fail(f"--{name} is {value}: it must be at least 1")
+    # An evaluation may take an hour, so check now that its result can be written.
     if args.output:
         directory = os.path.dirname(args.output) or "."
         is_other = os.path.exists(args.output) and not os.path.isfile(args.output)
         if is_other or not os.path.isdir(directory):
             fail(f"cannot write --output {args.output}: choose a file in a directory that exists")
     return args
+
+
+def pick_dtype(name, device):
+    """Return the name of the dtype to use. name is that of --dtype, or None for the default."""
+    if name is not None:
+        return name
+    # Older GPUs only emulate bfloat16, which is slow.
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32"
 
 
 def prepare(args):
@@ -1021,24 +1033,12 @@ def prepare(args):
     print(f"wrote {len(examples):,} examples to {PREPARED_PATH}")
 
 
-def pick_dtype(name, device):
-    """Return the name of the dtype to use. name is that of --dtype, or None for the default."""
-    if name is not None:
-        return name
-    # Older GPUs only emulate bfloat16, which is slow.
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bfloat16"
-    return "float32"
-
-
 def predict(model, examples, batch_size):
     """Return one dict for each example, with its losses and predictions as --output has them.
 
     Shows a progress bar on a terminal. Raises ValueError if a loss is NaN or infinite.
     """
     predictions = [None] * len(examples)
-    num_done = 0
-    num_correct = 0
     # disable=None means: no progress bar if stderr is not a terminal.
     with tqdm(total=len(examples), unit="examples", disable=None) as progress:
         for i, totals, means in evaluate(model, examples, batch_size):
@@ -1048,42 +1048,43 @@ def predict(model, examples, batch_size):
             predictions[i] = {
                 "ind": example.ind,
                 "label": example.label,
-                "pred": totals.index(min(totals)),
-                "pred_norm": means.index(min(means)),
+                "pred": totals.index(min(totals)),  # the lowest total loss
+                "pred_norm": means.index(min(means)),  # the lowest mean loss per token
                 "losses": totals,
                 "mean_losses": means,
             }
-            num_done += 1
-            num_correct += predictions[i]["pred_norm"] == example.label
-            progress.set_postfix_str(f"acc_norm: {num_correct / num_done:.4f}", refresh=False)
             progress.update()
     return predictions
 
 
 def accuracy(predictions, name):
-    """Return the fraction of predictions[i][name] that are the label."""
+    """Return the fraction of correct predictions. name is "pred" (acc) or "pred_norm" (acc_norm)."""
     num_correct = sum(prediction[name] == prediction["label"] for prediction in predictions)
     return num_correct / len(predictions)
 
 
 def main():
     args = get_args()
-    # cuDNN's attention builds a new plan for every new length, which takes longer than the
-    # attention itself. Here nearly every batch has another length, so PyTorch's other attention
-    # kernels are used.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that support it
     if args.prepare:
         prepare(args)
         return
 
-    # The model and the examples.
+    # Choose attention kernels, and TF32 for float32 matmuls on GPUs that support it. cuDNN's attention builds a new plan
+    # for every new length, which takes longer than the attention itself. Here nearly every batch
+    # has another length, so PyTorch's other attention kernels are used.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.set_float32_matmul_precision("high")
+
+    # Load the model and the examples.
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model, tokenizer, directory = load_model(args.model, device, DTYPES[dtype])
+    # The output names the checkpoint if --model is a run, but not the cache if it is on the Hub.
     model_name = directory if os.path.isdir(args.model) else args.model
     examples = load_examples(args.data, tokenizer, args.limit)
     n = len(examples)
+
+    # Tell if examples are too long for the model. GPT-2 has 1,024 positions, enough for all.
     n_positions = model.config["n_positions"]
     num_long = sum(row_length(example) > n_positions for example in examples)
     if num_long:
@@ -1092,7 +1093,7 @@ def main():
             "the beginnings of their contexts are not used"
         )
 
-    # The losses of all examples.
+    # Compute the losses of all examples.
     batch_size = args.batch_size or (8 if device.type == "cpu" else 32)
     try:
         predictions = predict(model, examples, batch_size)
@@ -1106,7 +1107,7 @@ def main():
     acc = accuracy(predictions, "pred")
     acc_norm = accuracy(predictions, "pred_norm")
 
-    # The result is printed before --output is written, so that it is not lost if writing fails.
+    # Print the result before writing --output, so that it is not lost if writing fails.
     print(f"{n} acc: {acc:.4f} acc_norm: {acc_norm:.4f}", flush=True)
     if args.output:
         result = {

@@ -221,17 +221,20 @@ def print_samples(model, tokenizer, prompt, args, echo=True):
 
 # --------------------------------------------------------------------------------------- model
 # --- copied block: GPT ---
-# An inference-only GPT-2. Its modules and parameters have the same names as those of train_gpt2.py
-# and of transformers. There is no dropout and no initialization. The key/value cache is what
-# train_gpt2.py does not have. In the shapes below, B is the batch size, T the number of new tokens,
-# S the number of all tokens so far, C the number of channels (768 in GPT-2 124M), nh the number of
-# heads (12) and hs = C / nh the size of a head (64).
+# GPT-2 for inference. Modules and parameters have the same names as in train_gpt2.py and in
+# transformers. Differences from train_gpt2.py:
+# - a key/value cache: each token is processed once, and not again for every token after it
+# - forward() returns hidden states, and logits() computes the logits that are needed
+# - no loss, no dropout, no initialization of weights, no padding of the vocabulary
+#
+# Shapes: B is the batch size, T the number of new tokens, S the number of all tokens so far, C the
+# number of channels (768 in GPT-2 124M), nh the number of heads (12), hs = C / nh the size of a
+# head (64).
 class KVCache:
     """The attention keys and values of all tokens that the model has processed so far.
 
     In causal attention, the keys and values of a token do not depend on later tokens. So they are
-    computed once and kept, and a forward pass processes only the new tokens. Memory for max_length
-    tokens is allocated at the beginning.
+    computed once and kept, and a forward pass processes only the new tokens.
     """
 
     def __init__(self, shape, device, dtype):
@@ -243,7 +246,8 @@ class KVCache:
     def append(self, layer, k, v):
         """Store k and v (B, nh, T, hs) of T new tokens in a layer.
 
-        Returns the keys and values of all S tokens, two tensors (B, nh, S, hs).
+        Returns the keys and values of all S tokens, two tensors (B, nh, S, hs). GPT.forward
+        increases self.length when all layers have stored theirs.
         """
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
@@ -251,9 +255,10 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def select(self, sequences, max_length):
-        """Return a cache with a copy of some sequences, and memory for max_length tokens of each.
+        """Return a cache with copies of some sequences, and memory for max_length tokens of each.
 
-        sequences (N,) are their indices, from 0 to B - 1. Each may be selected several times.
+        sequences (N,) are indices from 0 to B - 1. An index may occur several times: then several
+        continuations of this sequence can be computed.
         """
         n_layer, _, n_head, _, head_size = self.keys.shape
         shape = (n_layer, len(sequences), n_head, max_length, head_size)
@@ -285,13 +290,15 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
         v = v.view(B, T, nh, C // nh).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
 
-        # keys and values of the earlier tokens
+        # add the keys and values of the earlier tokens
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, nh, T, hs) -> (B, nh, S, hs)
 
-        # Without earlier tokens, is_causal masks the future. That is faster than a mask.
+        # attention: without earlier tokens, is_causal masks the future, which is faster than a mask
         is_causal = k.shape[2] == T
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+        # concatenate the heads
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, nh, hs) -> (B, T, C)
         return self.c_proj(y)
 
@@ -311,7 +318,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention (communication), then the MLP (computation), each with a residual connection."""
+    """Attention, then the MLP, each behind a LayerNorm and with a residual connection."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -327,14 +334,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. forward() returns hidden states; logits() turns those that are needed into logits."""
+    """GPT-2. config is a dict as read_config returns it."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # wte is the token embedding and the output head, wpe is the position embedding.
-        self.wte = nn.Embedding(config["vocab_size"], config["n_embd"])
-        self.wpe = nn.Embedding(config["n_positions"], config["n_embd"])
+        self.wte = nn.Embedding(config["vocab_size"], config["n_embd"])  # tokens; also the head
+        self.wpe = nn.Embedding(config["n_positions"], config["n_embd"])  # positions
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config["n_layer"])])
         self.ln_f = nn.LayerNorm(config["n_embd"], eps=config["layer_norm_epsilon"])
 
@@ -350,8 +356,8 @@ class GPT(nn.Module):
             # Some weights are transposed views. Contiguous weights are faster.
             weights[name] = weight.to(device, dtype).contiguous()
 
-        # The model is created without memory (on the device "meta") and without initialization.
-        # assign=True makes the loaded tensors its parameters.
+        # Create the model without memory for its weights (on the device "meta"), and make the
+        # loaded tensors its parameters (assign=True). So the weights exist only once.
         with torch.device("meta"):
             model = cls(config)
         try:
@@ -360,7 +366,7 @@ class GPT(nn.Module):
             # The message lists missing names, unexpected names and wrong shapes, one per line.
             reason = " ".join(str(error).split())
             raise ValueError(f"{directory} does not match its config.json: {reason}") from None
-        return model.eval()
+        return model
 
     def new_cache(self, batch_size, max_length):
         """Return an empty cache for batch_size sequences of at most max_length tokens."""
@@ -379,13 +385,17 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length  # position of the first new token
 
         # If there are earlier tokens and several new ones, attention needs a mask (T, S): new token
-        # i is at position start + i and attends to the positions 0 to start + i.
+        # i is at position start + i and attends to the positions 0 to start + i. A single new token
+        # attends to all positions.
         mask = None
         if start > 0 and T > 1:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
 
+        # token embeddings plus position embeddings
         positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
+
+        # all blocks, the final LayerNorm
         for block in self.h:
             x = block(x, mask, cache)
         if cache is not None:
@@ -394,7 +404,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Return the logits (..., vocab_size) of the next token for hidden states x (..., C)."""
-        return F.linear(x, self.wte.weight)
+        return F.linear(x, self.wte.weight)  # the output head is the token embedding
 
 
 # --- end of copied block: GPT ---
@@ -702,9 +712,11 @@ def load_model(name, device, dtype):
     name is the directory of a model, the directory of a run (its newest checkpoint is used), or
     the name of a model on the Hugging Face Hub.
     """
+    # The default is log/. A newcomer who has not trained a model yet needs other advice than
+    # someone who mistyped a name.
     if name == "log" and not os.path.isdir(name):
         advice = "train a model with python train_gpt2.py, or choose a model with --model"
-        fail(f"there is no checkpoint in log/: {advice}")
+        fail(f"found no checkpoint in log/: {advice}")
     try:
         directory = find_pretrained(name)
         model = GPT.from_pretrained(directory, device, dtype)
