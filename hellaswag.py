@@ -95,7 +95,9 @@ class Example:
 
 @torch.inference_mode()
 def score_endings(model, contexts, endings):
-    """Compute the losses of endings in nats. Returns totals and means per token, two (B, k) tensors.
+    """Compute the losses of endings in nats.
+
+    Returns totals and means per token, two (B, k) tensors.
 
     contexts are B lists of n tokens, all with the same n. endings[b] are the k endings of
     contexts[b].
@@ -288,7 +290,9 @@ def read_parquet(path):
 
 
 def read_hellaswag(path, num_examples=None):
-    """Read the examples of a JSON-lines or parquet file. Returns dicts with the fields of HellaSwag.
+    """Read the examples of a JSON-lines or parquet file.
+
+    Returns dicts with the fields of HellaSwag.
 
     Raises ValueError if an example is malformed, or if the number of examples is not num_examples
     (None: any number but 0). Raises OSError if the file cannot be read.
@@ -1069,9 +1073,10 @@ def main():
         prepare(args)
         return
 
-    # Choose attention kernels, and TF32 for float32 matmuls on GPUs that support it. cuDNN's attention builds a new plan
-    # for every new length, which takes longer than the attention itself. Here nearly every batch
-    # has another length, so PyTorch's other attention kernels are used.
+    # Choose attention kernels, and TF32 for float32 matmuls on GPUs that support it. cuDNN's
+    # attention builds a new plan for every new length, which takes longer than the attention
+    # itself. Here nearly every batch has another length, so PyTorch's other attention kernels are
+    # used.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("high")
 
