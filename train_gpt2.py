@@ -1605,12 +1605,12 @@ class StopRequest:
     torchrun was killed and left its processes behind. A second Ctrl-C ends the process at once.
     """
 
-    def __init__(self, max_hours):
+    def __init__(self, max_hours, parent):
         self.reason = None
         self.deadline = time.monotonic() + 3600 * (max_hours or math.inf)
         self.first_interrupt = math.inf  # time of the first SIGINT
         # torchrun is the parent of the ranks. If it is killed, they get another parent.
-        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.parent = parent if "TORCHELASTIC_RUN_ID" in os.environ else None
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             if hasattr(signal, name):  # Windows has no SIGUSR1
                 signal.signal(getattr(signal, name), self.handle)
@@ -2442,6 +2442,7 @@ def finish(run_directory, step, stop, stopping, rank, world_size):
 def main():
     """Train: in each step save and evaluate if due, compute gradients, update, and report."""
     args = parse_args()
+    parent = os.getppid()
     rank, world_size, device = init_distributed(args.device)
     check_batch_size(args, world_size)
 
@@ -2470,7 +2471,7 @@ def main():
     notes = [dtype_note, compile_note, samples_note, hellaswag_note, tokenizer_note]
     reporter.header(train_data, val_data, world_size, grad_accum_steps, checkpoint, notes)
     loader = BatchLoader(train_data, args.micro_batch_size, rank, world_size, device)
-    stop = StopRequest(args.max_hours)
+    stop = StopRequest(args.max_hours, parent)
     stopping = False  # all ranks stop at the same step
     in_parallel = (args.micro_batch_size, rank, world_size, device, autocast, stop)
 
