@@ -60,8 +60,8 @@ SUBSETS = {  # --remote_name: folder in the FineWeb-Edu repository
 }
 BATCH_SIZE = 64  # documents per task of a thread, about 20 ms of work
 DOWNLOAD_ATTEMPTS = 8  # with pauses of 1, 2, 4, ... seconds between them
-# Slurm numbers the steps that srun starts from 0 on. The steps of batch scripts and interactive shells
-# have special numbers, from this one on.
+# Slurm numbers the steps that srun starts from 0 on. The steps of batch scripts and interactive
+# shells have special numbers, from this one on.
 FIRST_SPECIAL_STEP = 2**32 - 16
 
 
@@ -70,8 +70,8 @@ FIRST_SPECIAL_STEP = 2**32 - 16
 def get_tokenizer(name):
     """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
 
-    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes" needs no
-    network. Raises ValueError if the vocabulary cannot be loaded.
+    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes"
+    needs no network. Raises ValueError if the vocabulary cannot be loaded.
     """
     if name == "gpt2":
         try:
@@ -120,21 +120,21 @@ def without_look_ahead(encoding):
 def encode_documents(fast_encoding, texts):
     """Return the tokens of documents, with <|endoftext|> before each, as a uint32 array.
 
-    fast_encoding is what without_look_ahead returns; texts is a pyarrow array of large_string without
-    nulls. The tokens are those of encode_ordinary, at twice its speed.
+    fast_encoding is what without_look_ahead returns; texts is a pyarrow array of large_string
+    without nulls. The tokens are those of encode_ordinary, at twice its speed.
     """
     # GPT-2 splits text into words and runs of spaces before it merges bytes. Of several spaces in
     # front of a word, the last one belongs to the word. GPT-2's pattern finds it by looking ahead:
-    # \s+(?!\S) is a run of spaces that leaves one space to what follows. Looking ahead makes tiktoken
-    # slow. Without that alternative, \s+ takes all spaces, unless the text is cut before the last
-    # one. An example with three spaces:
+    # \s+(?!\S) is a run of spaces that leaves one space to what follows. Looking ahead makes
+    # tiktoken slow. Without that alternative, \s+ takes all spaces, unless the text is cut before
+    # the last one. An example with three spaces:
     #
     #     GPT-2's pattern      "a   b"       ->  "a", "  ", " b"
     #     PATTERN              "a   b"       ->  "a", "   ", "b"      (wrong)
     #     PATTERN, with a cut  "a  " + " b"  ->  "a", "  ", " b"
     #
-    # A cut belongs between two whitespace characters that are followed by another character. Trailing
-    # whitespace needs no cut: \s+ takes all of it in both patterns.
+    # A cut belongs between two whitespace characters that are followed by another character.
+    # Trailing whitespace needs no cut: \s+ takes all of it in both patterns.
     before_cut = f"[{SPACE}]"
     after_cut = f"[{SPACE}][^{SPACE}]"
     cut_token = fast_encoding.max_token_value
@@ -343,7 +343,7 @@ def ask_hub(function, description, attempts):
 
 
 def list_hub_files(repo_id, remote_name):
-    """Return the newest commit of a data set on the Hub, and its parquet files as [[name, bytes], ...].
+    """Return the newest commit of a data set on the Hub, and [[name, bytes], ...] of its files.
 
     Raises ValueError if the Hub cannot be reached or the subset has no parquet files.
     """
@@ -391,8 +391,8 @@ def find_local_files(patterns):
 def describe_local_file(path):
     """Return [name, bytes, SHA-256 of the footer] of a parquet file.
 
-    In most cases, the checksum shows whether a file has been replaced by another one of the same name
-    and size.
+    In most cases, the checksum shows whether a file has been replaced by another one of the same
+    name and size.
     """
     # A parquet file ends with its footer, the footer's length in 4 bytes, and "PAR1". The footer
     # contains the sizes and the smallest and largest values of all columns.
@@ -471,8 +471,8 @@ def check_settings(settings, path):
     for file in source["files"]:
         if not isinstance(file, list) or len(file) < 2 or type(file[1]) is not int:
             raise ValueError(f"{path}: an entry of files does not describe a parquet file")
-        # Downloads are written to folder/name and deleted later. A name such as "../x" or "/x" would
-        # lead out of the folder.
+        # Downloads are written to folder/name and deleted later. A name such as "../x" or "/x"
+        # would lead out of the folder.
         name = file[0]
         if not isinstance(name, str) or re.search(r"[\\:]|^/|(^|/)\.\.(/|$)|^$", name):
             raise ValueError(f"{path}: an entry of files is not the name of a parquet file")
@@ -506,8 +506,8 @@ class ShardWriter:
     def add(self, batch):
         """Add the tokens of a Batch, write the shards that it fills, and advance the state."""
         state = self.state
-        # skip counts the tokens of this batch that are already in the buffer or in a shard. write_shard
-        # saves it, so a later run continues in the middle of a batch.
+        # skip counts the tokens of this batch that are already in the buffer or in a shard.
+        # write_shard saves it, so a later run continues in the middle of a batch.
         while state.skip < len(batch.tokens) and not self.full:
             # copy as many tokens as the shard and the limit have room for
             room = min(len(self.buffer) - self.used, self.limit - state.tokens)
@@ -533,8 +533,8 @@ class ShardWriter:
     def write_shard(self):
         """Write the collected tokens to a shard, and save the state."""
         state = self.state
-        # Ranks take turns with the numbers, so that their shards can be put into one directory. Shard 0
-        # is for validation.
+        # Ranks take turns with the numbers, so that their shards can be put into one directory.
+        # Shard 0 is for validation.
         number = len(state.shards) * state.settings["source"]["world_size"] + state.rank
         split = "train" if number else "val"
         name = f"edufineweb_{split}_{number:06d}.npy"  # build-nanogpt's names, also for other data sets
@@ -552,7 +552,10 @@ class ShardWriter:
         self.save_state()
 
     def save_state(self):
-        """Write the state file. The buffer must be empty: all tokens that the state counts are on disk."""
+        """Write the state file.
+
+        The buffer must be empty: all tokens that the state counts are on disk.
+        """
         write_json(state_path(self.directory, self.state.rank), asdict(self.state))
         self.saved_file = self.state.file
 
@@ -619,7 +622,10 @@ def make_shards(args):
 
 
 def get_token_limit(args):
-    """Return the maximum number of tokens of one rank. Raises ValueError if it leaves none for training."""
+    """Return the maximum number of tokens of one rank.
+
+    Raises ValueError if it leaves none for training.
+    """
     # 0 means no limit
     max_tokens = args.max_tokens or sys.maxsize
     max_shards = args.max_shards or sys.maxsize
@@ -653,7 +659,9 @@ def open_hub(args, revision, files):
 
 
 def tokenize_files(args, fast_encoding, paths, hub, sizes, writer):
-    """Tokenize parquet files, starting where the writer's state says. Shows the time left on a terminal.
+    """Tokenize parquet files, starting where the writer's state says.
+
+    Shows the time left on a terminal.
 
     The files are local ones at paths, or those of hub (a HubFiles). sizes are in bytes.
     """
@@ -772,7 +780,9 @@ def check_same_settings(directory, saved, settings):
 
 
 def lock_rank(directory, rank):
-    """Lock the work of a rank, and return the lock. Raises ValueError if another process has the lock.
+    """Lock the work of a rank, and return the lock.
+
+    Raises ValueError if another process has the lock.
 
     The operating system releases the lock when the process ends, even if it is killed.
     """
@@ -784,8 +794,8 @@ def lock_rank(directory, rank):
             f"another run of rank {rank} is writing to {directory}: wait for it, or choose another --local_dir"
         ) from None
     except (NotImplementedError, OSError) as error:
-        # Continue without a lock if the file system does not support locks. Raise any other error, for
-        # example a full disk.
+        # Continue without a lock if the file system does not support locks. Raise any other error,
+        # for example a full disk.
         reason = getattr(error, "errno", errno.ENOSYS)
         if reason not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
@@ -935,7 +945,8 @@ def verify(directory):
 def expected_shards(directory):
     """Return the tokenizer of a directory, and {file name: entry of meta.json or of a state}.
 
-    Prints with what the shards are compared. The entries are {} if the directory is another project's.
+    Prints with what the shards are compared. The entries are {} if the directory is another
+    project's.
     """
     tokenizer = "gpt2"
     shards = []
@@ -977,8 +988,8 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 def write_tokenizer_files(name, directory):
     """Write the tokenizer files of transformers, vocab.json and merges.txt, into directory.
 
-    For "gpt2" they are OpenAI's files. tiktoken has them in its cache once get_tokenizer("gpt2") has
-    been called.
+    For "gpt2" they are OpenAI's files. tiktoken has them in its cache once get_tokenizer("gpt2")
+    has been called.
     """
     if name == "gpt2":
         for file_name, (original_name, sha256) in GPT2_FILES.items():
@@ -986,8 +997,8 @@ def write_tokenizer_files(name, directory):
             with open(f"{directory}/{file_name}", "wb") as file:
                 file.write(content)
         return
-    # vocab.json maps characters to ids. GPT-2 represents each byte by one character: the printable bytes of
-    # Latin-1 by themselves, the others by the characters from 256 on.
+    # vocab.json maps characters to ids. GPT-2 represents each byte by one character: the printable
+    # bytes of Latin-1 by themselves, the others by the characters from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     vocab = {chr(byte): byte for byte in printable}
@@ -1039,7 +1050,7 @@ VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
 
 
 def check_shards(shards, path):
-    """Raise ValueError if the list of shards in a JSON file is not what fineweb.py and prepare_shakespeare.py write."""
+    """Raise ValueError unless shards is a list that describes shards, as meta.json has it."""
     if not isinstance(shards, list):
         raise ValueError(f"{path}: shards is not a list")
     for shard in shards:
@@ -1074,7 +1085,9 @@ def read_meta(directory):
 
 # --- copied block: load_shard ---
 def load_shard(path):
-    """Memory-map a token shard, a .npy file or a .bin file in llm.c's format. Returns a uint16 array (N,).
+    """Memory-map a token shard, a .npy file or a .bin file in llm.c's format.
+
+    Returns a uint16 array (N,).
 
     Raises ValueError if the file is not a shard, or is shorter or longer than its header says.
     """

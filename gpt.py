@@ -308,7 +308,7 @@ def estimate_loss(model, data, eval_iters, batch_size, block_size):
 # ------------------------------------------------------------------------------------- optimizer
 # --- copied block: get_lr ---
 def get_lr(step, learning_rate, warmup_steps, max_steps):
-    """Return the learning rate of a step: linear warmup, then cosine decay to 10% of the peak at max_steps."""
+    """Return the learning rate of a step: linear warmup, then cosine decay to 10% of the peak."""
     min_lr = 0.1 * learning_rate
     # 1) linear warmup; step 0 already has a learning rate above 0
     if step < warmup_steps:

@@ -37,9 +37,9 @@ PANEL_LABELS = {
 }
 KINDS = {*PANEL_LABELS, "val"}
 
-# Results of OpenAI's models: panel, model, value, line style. The loss is measured on the validation
-# shard of FineWeb-Edu that build-nanogpt uses. HellaSwag is acc_norm. GPT-3's result is from table
-# H.1 of "Language Models are Few-Shot Learners" (2020).
+# Results of OpenAI's models: panel, model, value, line style. The loss is measured on the
+# validation shard of FineWeb-Edu that build-nanogpt uses. HellaSwag is acc_norm. GPT-3's result is
+# from table H.1 of "Language Models are Few-Shot Learners" (2020).
 REFERENCES = [
     ("train", "GPT-2 124M", 3.2924, "--"),
     ("hella", "GPT-3 124M", 0.337, ":"),
@@ -126,8 +126,8 @@ def read_log(log_dir):
         except ValueError:
             skipped.append(number)
             continue
-        # Larger numbers would overflow when Matplotlib computes the axes. NaN fails every comparison,
-        # so it is also left out.
+        # Larger numbers would overflow when Matplotlib computes the axes. NaN fails every
+        # comparison, so it is also left out.
         if kind in KINDS and 0 <= step < 1e15 and abs(value) < 1e30:
             values_by_kind.setdefault(kind, {})[step] = value
     if skipped:
@@ -255,7 +255,8 @@ def draw_run(panels, run, scale, color):
             if kind != "lr":
                 indices, values = smooth(values)
                 x = x[indices]
-            # a line through a single point would be invisible, and few points are clearer with marks
+            # a line through a single point would be invisible, and few points are clearer with
+            # marks
             marker = "o" if len(x) < 20 else None
             axes.plot(x, values, color=color, lw=1.8, marker=marker)
 
@@ -324,8 +325,8 @@ def finish_panels(panels, limits, reference):
     # y axes
     if limits:
         panels["train"].set_ylim(limits)
-    # Gradient norms have spikes, which would flatten a linear axis. A logarithmic axis needs at least
-    # one value above 0; dataLim.minposy is the smallest of them, or infinite.
+    # Gradient norms have spikes, which would flatten a linear axis. A logarithmic axis needs at
+    # least one value above 0; dataLim.minposy is the smallest of them, or infinite.
     if "norm" in panels and math.isfinite(panels["norm"].dataLim.minposy):
         panels["norm"].set_yscale("log", subs=[2, 5])
         panels["norm"].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")

@@ -106,8 +106,8 @@ def sha256_of(path):
 def get_tokenizer(name):
     """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
 
-    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes" needs no
-    network. Raises ValueError if the vocabulary cannot be loaded.
+    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes"
+    needs no network. Raises ValueError if the vocabulary cannot be loaded.
     """
     if name == "gpt2":
         try:
@@ -159,8 +159,8 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 def write_tokenizer_files(name, directory):
     """Write the tokenizer files of transformers, vocab.json and merges.txt, into directory.
 
-    For "gpt2" they are OpenAI's files. tiktoken has them in its cache once get_tokenizer("gpt2") has
-    been called.
+    For "gpt2" they are OpenAI's files. tiktoken has them in its cache once get_tokenizer("gpt2")
+    has been called.
     """
     if name == "gpt2":
         for file_name, (original_name, sha256) in GPT2_FILES.items():
@@ -168,8 +168,8 @@ def write_tokenizer_files(name, directory):
             with open(f"{directory}/{file_name}", "wb") as file:
                 file.write(content)
         return
-    # vocab.json maps characters to ids. GPT-2 represents each byte by one character: the printable bytes of
-    # Latin-1 by themselves, the others by the characters from 256 on.
+    # vocab.json maps characters to ids. GPT-2 represents each byte by one character: the printable
+    # bytes of Latin-1 by themselves, the others by the characters from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     vocab = {chr(byte): byte for byte in printable}
@@ -212,7 +212,7 @@ VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
 
 
 def check_shards(shards, path):
-    """Raise ValueError if the list of shards in a JSON file is not what fineweb.py and prepare_shakespeare.py write."""
+    """Raise ValueError unless shards is a list that describes shards, as meta.json has it."""
     if not isinstance(shards, list):
         raise ValueError(f"{path}: shards is not a list")
     for shard in shards:
@@ -339,8 +339,9 @@ def move_files(source_dir, out_dir):
         pass  # continue below
     # No file of out_dir is deleted: it may contain files that are not part of the data set.
     os.makedirs(out_dir, exist_ok=True)
-    # meta.json comes first. Until all files are there, readers then report a missing shard or a wrong
-    # checksum. Without meta.json, they would take the directory for GPT-2 tokens of another project.
+    # meta.json comes first. Until all files are there, readers then report a missing shard or a
+    # wrong checksum. Without meta.json, they would take the directory for GPT-2 tokens of another
+    # project.
     file_names = [name for name in sorted(os.listdir(source_dir)) if name != "meta.json"]
     for file_name in ["meta.json", *file_names]:
         os.replace(f"{source_dir}/{file_name}", f"{out_dir}/{file_name}")

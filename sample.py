@@ -495,12 +495,13 @@ ACTIVATIONS = {  # by their Hugging Face names; the first two are both GPT-2's
     "gelu": nn.GELU(),
     "relu": nn.ReLU(),
 }
-# Hugging Face stores these weights as (in, out), because GPT-2's linear layers were written as convolutions.
+# Hugging Face stores these weights as (in, out), because GPT-2's linear layers were written as
+# convolutions.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 def find_pretrained(name):
-    """Return the directory of a model: a directory, a run's newest checkpoint, or a download from the Hub.
+    """Return the directory of a model: name itself, its newest checkpoint, or a download.
 
     Raises ValueError if there is no such model, or it cannot be downloaded.
     """
@@ -530,10 +531,12 @@ def find_pretrained(name):
 
 
 def read_config(directory):
-    """Return the config.json of a GPT-2, with GPT-2's values for missing fields. Raises ValueError if unsupported.
+    """Return the config.json of a GPT-2, with GPT-2's values for missing fields.
 
-    The field tokenizer, "gpt2" or "bytes", is added, and vocab_size is that of the tokenizer: rows of the token
-    embedding beyond it are padding, which some tools add.
+    Raises ValueError if unsupported.
+
+    The field tokenizer, "gpt2" or "bytes", is added, and vocab_size is that of the tokenizer: rows
+    of the token embedding beyond it are padding, which some tools add.
     """
     path = f"{directory}/config.json"
     try:
@@ -585,10 +588,10 @@ def read_config(directory):
 
 
 def read_weights(directory, config):
-    """Return the parameters of a GPT-2 by name, with the shapes of nn.Linear and the tokenizer's vocab_size rows.
+    """Return the parameters of a GPT-2 by name, with weights of shape (out, in) as in nn.Linear.
 
-    The weights may be stored with or without the prefix "transformer.", in one file or in shards with an index
-    file. Raises ValueError if they are damaged or not a GPT-2's.
+    The weights may be stored with or without the prefix "transformer.", in one file or in shards
+    with an index file. Raises ValueError if they are damaged or not a GPT-2's.
     """
     file_names = ["model.safetensors"]
     if os.path.exists(f"{directory}/model.safetensors.index.json"):
@@ -614,7 +617,8 @@ def read_weights(directory, config):
             raise ValueError(f"cannot read {path} ({error})") from None
         for name, tensor in tensors.items():
             weights[name.removeprefix("transformer.")] = tensor
-    # transformers once stored each block's causal mask, and may store the output head, which is the embedding.
+    # transformers once stored each block's causal mask, and may store the output head, which is the
+    # embedding.
     buffers = (".attn.bias", ".attn.masked_bias")
     weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
     embedding = weights.get("wte.weight")
@@ -642,8 +646,8 @@ def read_weights(directory, config):
 def get_tokenizer(name):
     """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
 
-    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes" needs no
-    network. Raises ValueError if the vocabulary cannot be loaded.
+    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes"
+    needs no network. Raises ValueError if the vocabulary cannot be loaded.
     """
     if name == "gpt2":
         try:

@@ -74,7 +74,15 @@ SHORTER = {
     "sample": ["--max_new_tokens", 4],
 }
 # Arguments that need a network, a long time, a terminal, or something that such a command makes.
-NOT_HERE = {"--download", "gpt2", "-", "log_build_nanogpt", "log_plays", "log_gpt2"}
+NOT_HERE = {
+    "--download",
+    "-",
+    "data/tinyshakespeare/input.txt",
+    "gpt2",
+    "log_build_nanogpt",
+    "log_gpt2",
+    "log_plays",
+}
 
 
 def runs_here(script, arguments):

@@ -183,3 +183,12 @@ def test_the_corpus_is_the_published_one():
     content = (ROOT / "input.txt").read_bytes()
     assert hashlib.sha256(content).hexdigest() == "34a79dc2642bd1c1b01907ad2fd1b480384741cf14f39cb7b0571770efcf490b"
     assert len(set(content.decode("utf-8"))) == 65
+
+
+def test_files_are_checked_out_with_lf_on_every_system():
+    """Git on Windows converts line endings, which would change the tokens of input.txt."""
+    names = ["input.txt", "train_gpt2.py", "README.md"]
+    done = subprocess.run(["git", "check-attr", "eol", *names], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("this copy is not a git checkout")
+    assert done.stdout.splitlines() == [f"{name}: eol: lf" for name in names]

@@ -1,8 +1,12 @@
 """train_gpt2.py's model and optimizers, compared with transformers' GPT2LMHeadModel and PyTorch's optimizers."""
 
+import argparse
+import contextlib
 import json
 import math
+import types
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
@@ -581,7 +585,7 @@ def test_muon_orthogonalizes_only_its_own_part_of_the_matrices(monkeypatch):
         return orthogonalize(matrices)
 
     monkeypatch.setattr(train_gpt2, "orthogonalize", counted)
-    monkeypatch.setattr(train_gpt2.dist, "all_gather_into_tensor", lambda gathered, own: gathered.zero_())
+    monkeypatch.setattr(train_gpt2.dist, "all_gather", lambda parts, own: [part.zero_() for part in parts])
     model = GPT(tiny_config(n_inner=48))
     muon = train_gpt2.Muon(model.h, 0.1, 0.2, rank=1, world_size=2)
     for parameter in model.h.parameters():
@@ -708,3 +712,64 @@ def test_the_attention_kernel_is_named_as_pytorch_runs_it():
         assert train_gpt2.attention_backend(CPU, dtype) == "Flash"
         with torch.nn.attention.sdpa_kernel(backends.MATH):
             assert train_gpt2.attention_backend(CPU, dtype) == "Math"
+
+
+# ----------------------------------------------------------------------------- attention kernels
+def test_hellaswag_and_samples_use_no_attention_that_plans_for_each_length(monkeypatch):
+    """cuDNN's attention is switched off inside, and left as it was for training."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def recording_attention(*arguments, **options):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording_attention)
+    model = GPT(tiny_config())
+    block_size = model.config.block_size
+    data = {
+        "tokens": np.ones((2, 4, block_size), dtype=np.uint16),
+        "context_length": np.array([2, 2]),
+        "length": np.full((2, 4), block_size),
+        "label": np.array([0, 1]),
+    }
+    stop = types.SimpleNamespace(reason=None)
+    train_gpt2.evaluate_hellaswag(model, data, 1, 0, 1, CPU, contextlib.nullcontext(), stop)
+    num_hellaswag = len(seen)
+    args = argparse.Namespace(prompt="A", max_new_tokens=2)
+    enc = train_gpt2.get_tokenizer("bytes")
+    train_gpt2.generate_samples(model, enc, args, CPU, contextlib.nullcontext(), rank=0, val_loss=1.0)
+    assert 0 < num_hellaswag < len(seen)
+    assert not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+# ------------------------------------------------------------------------------------- processes
+@pytest.mark.parametrize("script", ["bigram", "gpt", "hellaswag", "sample", "train_gpt2"])
+def test_an_nvidia_gpu_that_pytorch_cannot_use_is_reported(script, monkeypatch, capsys):
+    module = load(script)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(module.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert module.pick_device("auto") == CPU
+    err = capsys.readouterr().err
+    assert err.startswith("warning: ") and err.count("\n") == 1 and "NVIDIA" in err
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    assert module.pick_device("auto") == CPU
+    assert capsys.readouterr().err == ""
+
+
+def test_ranks_wait_an_hour_for_a_checkpoint_on_a_slow_disk(monkeypatch):
+    options = {}
+    monkeypatch.setattr(train_gpt2.dist, "init_process_group", lambda backend, **given: options.update(given))
+    for name, value in {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+    assert train_gpt2.init_distributed("cpu") == (1, 2, CPU)
+    assert options["timeout"].total_seconds() >= 3600

@@ -566,9 +566,9 @@ def check_collectives(setup):
     require(train_gpt2.any_rank("SIGTERM", setup.device, 2), "any_rank lost a request to stop")
     # Muon gathers the results of all ranks
     matrices = torch.randn(3, 4, 5, device=setup.device)
-    gathered = torch.empty_like(matrices)
-    dist.all_gather_into_tensor(gathered, matrices)
-    require(torch.equal(gathered, matrices), "all_gather_into_tensor changed the matrices")
+    gathered = [torch.empty_like(matrices)]
+    dist.all_gather(gathered, matrices)
+    require(torch.equal(gathered[0], matrices), "all_gather changed the matrices")
 
 
 def nccl_with_one_rank(setup):
