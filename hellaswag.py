@@ -50,6 +50,7 @@ Sections: scoring, data, model, loading, command line.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -345,7 +346,11 @@ def download_hellaswag():
     try:
         # Ask for the newest commit. Without a network, this question fails at once, but
         # hf_hub_download would try again for 20 seconds.
-        commit = HfApi().dataset_info(REPO_ID).sha
+        info = HfApi().dataset_info(REPO_ID, files_metadata=True)
+        checksums = {}
+        for file in info.siblings or []:
+            if file.lfs is not None:  # the Hub knows the SHA-256 of large files
+                checksums[file.rfilename] = file.lfs.sha256
 
         # Download the file to a temporary directory and check it, so that a damaged file is not
         # kept.
@@ -354,12 +359,15 @@ def download_hellaswag():
                 REPO_ID,
                 HUB_PATH,
                 repo_type="dataset",
-                revision=commit,
+                revision=info.sha,
                 local_dir=directory,
             )
-            examples = read_hellaswag(path, NUM_EXAMPLES)
             with open(path, "rb") as file:
                 content = file.read()
+            actual = hashlib.sha256(content).hexdigest()
+            if checksums.get(HUB_PATH, actual) != actual:
+                raise ValueError(f"{HUB_PATH} does not match its SHA-256")
+            examples = read_hellaswag(path, NUM_EXAMPLES)
     except Exception as error:  # the errors of the Hub and of its HTTP client share no base class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         fail(

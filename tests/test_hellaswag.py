@@ -722,7 +722,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.server.status != 200:
             self.answer(self.server.status, b"")
         elif path == "/api/datasets/Rowan/hellaswag":
-            self.answer(200, json.dumps({"id": "Rowan/hellaswag", "sha": COMMIT}).encode())
+            digest = self.server.digest or hashlib.sha256(self.server.files.get(HUB_NAME, b"")).hexdigest()
+            large_file = {"size": 1, "pointerSize": 1, "sha256": digest}
+            siblings = [{"rfilename": "README.md"}, {"rfilename": HUB_NAME, "lfs": large_file}]
+            self.answer(200, json.dumps({"id": "Rowan/hellaswag", "sha": COMMIT, "siblings": siblings}).encode())
         elif path.removeprefix(FILES_PATH) not in self.server.files:
             self.answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
         else:
@@ -755,6 +758,7 @@ def hub(tmp_path, examples, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.log = []
     server.status = 200
+    server.digest = None  # SHA-256 of the validation set that the Hub tells, if it is not the right one
     server.limit = None  # bytes of each answer that are sent
     server.files = {"README.md": b"hello", "data/train-00000-of-00001.parquet": b"", HUB_NAME: content}
     url = f"http://127.0.0.1:{server.server_port}"
@@ -791,6 +795,12 @@ def test_the_validation_set_is_downloaded_once(tmp_path, tiny, hub, download):
     assert [path.name for path in (tmp_path / "hellaswag").iterdir()] == ["hellaswag_val.parquet"]
     path = tmp_path / "hellaswag" / "hellaswag_val.parquet"
     assert path.read_bytes() == hub.files[HUB_NAME]
+
+
+def test_a_download_with_another_checksum_is_refused(tmp_path, hub, download):
+    hub.digest = "0" * 64
+    assert_user_error(download(), "does not match its SHA-256", "--data FILE")
+    assert not (tmp_path / "hellaswag").exists()
 
 
 def damage_hub(hub, damage, examples, path):
