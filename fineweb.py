@@ -2,7 +2,7 @@
 Turn FineWeb-Edu, or any parquet files with a text column, into token shards that train_gpt2.py reads.
 
     python fineweb.py                          # sample-10BT of FineWeb-Edu from the Hugging Face Hub
-    python fineweb.py --max_tokens 300000000   # only its first 300M tokens
+    python fineweb.py --max_tokens 300000000   # its first 300M tokens: 100M val and 200M train
     python fineweb.py --source 'books/*.parquet' --local_dir books_tokens      # local files
     python fineweb.py --rank 0 --world_size 4  # on the first of four machines
     python fineweb.py --finish                 # when all four machines are done
@@ -17,10 +17,15 @@ The first shard is the validation split, and all others are for training. For a 
 choose a --shard_size of about one tenth of its tokens. A data set without a training shard is an
 error, and the error message says which --shard_size to use.
 
-If interrupted, run the same command again to continue: at most one shard of work is repeated.
-A shard is collected in memory, 200 MB by default. Disk space: 2 bytes per token, and two parquet
-files of 2 GB. Two CPU cores tokenize 5 to 9 million tokens per second, so the download usually takes
-longer: sample-10BT (10 billion tokens, 27 GB) takes half an hour to an hour.
+With --world_size N, each of N machines tokenizes every N-th parquet file. --finish needs the shards
+and state files of all machines in one LOCAL_DIR: use a shared file system, or copy them into one
+directory first. --max_tokens and --max_shards apply to each machine.
+
+If interrupted, run the same command again to continue: at most one shard of work is repeated. A
+shard is collected in memory, 200 MB by default. The disk needs room for 2 bytes per token and for
+two downloaded parquet files of about 2 GB each. Two CPU cores tokenize 5 to 15 million tokens per
+second while the next file is downloaded, so the download usually sets the pace. Expect half an hour
+to an hour for sample-10BT (10 billion tokens, 27 GB of parquet files).
 
 Sections: tokenizing, parquet files, shards and state, making a data set, finishing, verifying,
 shared functions, command line.
@@ -60,8 +65,8 @@ SUBSETS = {  # --remote_name: folder in the FineWeb-Edu repository
 }
 BATCH_SIZE = 64  # documents per task of a thread, about 20 ms of work
 DOWNLOAD_ATTEMPTS = 8  # with pauses of 1, 2, 4, ... seconds between them
-# Slurm numbers the steps that srun starts from 0 on. The steps of batch scripts and interactive
-# shells have special numbers, from this one on.
+# Each srun command in a Slurm job starts a job step, and these steps have the numbers 0, 1, 2, ...
+# Batch scripts and interactive shells have special step numbers, of which this is the smallest.
 FIRST_SPECIAL_STEP = 2**32 - 16
 
 
@@ -105,7 +110,8 @@ CUT = "\1"  # its token is removed
 
 def without_look_ahead(encoding):
     """Return a copy of a tiktoken.Encoding that uses PATTERN and has tokens for BEGIN and CUT."""
-    # The ids of all tokens except <|endoftext|>, which is the last one, are their ranks.
+    # tiktoken wants the rank of each token, its place in the order of merges. In GPT-2's vocabulary
+    # the rank of a token is its id. <|endoftext|> has the last id, and no rank.
     ranks = {}
     for token in range(encoding.eot_token):
         ranks[encoding.decode_single_token_bytes(token)] = token
@@ -123,18 +129,19 @@ def encode_documents(fast_encoding, texts):
     fast_encoding is what without_look_ahead returns; texts is a pyarrow array of large_string
     without nulls. The tokens are those of encode_ordinary, at twice its speed.
     """
-    # GPT-2 splits text into words and runs of spaces before it merges bytes. Of several spaces in
-    # front of a word, the last one belongs to the word. GPT-2's pattern finds it by looking ahead:
-    # \s+(?!\S) is a run of spaces that leaves one space to what follows. Looking ahead makes
-    # tiktoken slow. Without that alternative, \s+ takes all spaces, unless the text is cut before
-    # the last one. An example with three spaces:
+    # GPT-2 splits text into words and runs of whitespace before it merges bytes. If several spaces
+    # precede a word, the last space belongs to the word. GPT-2's pattern finds it by looking ahead:
+    # \s+(?!\S) matches a run of whitespace except for its last character. Looking ahead is slow,
+    # because only tiktoken's slower regex engine can do it. Without that alternative, \s+ matches
+    # the whole run, unless the text is cut before its last character. With three spaces:
     #
     #     GPT-2's pattern      "a   b"       ->  "a", "  ", " b"
     #     PATTERN              "a   b"       ->  "a", "   ", "b"      (wrong)
     #     PATTERN, with a cut  "a  " + " b"  ->  "a", "  ", " b"
     #
-    # A cut belongs between two whitespace characters that are followed by another character.
-    # Trailing whitespace needs no cut: \s+ takes all of it in both patterns.
+    # So a run of two or more whitespace characters is cut before its last one if a character that
+    # is not whitespace follows. Whitespace at the end of a text needs no cut: \s+ takes all of it
+    # in both patterns.
     before_cut = f"[{SPACE}]"
     after_cut = f"[{SPACE}][^{SPACE}]"
     cut_token = fast_encoding.max_token_value
@@ -165,14 +172,15 @@ class Batch:
     rows: int
     text_bytes: int  # size of the texts in UTF-8
     empty: int  # rows without a text
-    fraction: float = 0.0  # of the file's rows, up to the end of this batch
+    fraction: float = 0.0  # fraction of the file's rows up to the end of this batch
 
 
 def tokenize(fast_encoding, texts):
-    """Tokenize a pyarrow array of texts, without those that are null or empty. Returns a Batch."""
+    """Tokenize a pyarrow array of texts, leaving out null and empty ones. Returns a Batch."""
     rows = len(texts)
-    # The cast is free for string columns. It decodes dictionaries, and copies string_view.
+    # The column may be string, string_view or a dictionary. The cast is cheap for string columns.
     texts = texts.cast(pa.large_string())
+    # The length of a null is null, and filter drops the rows whose condition is false or null.
     texts = texts.filter(pc.greater(pc.binary_length(texts), 0))
     return Batch(
         tokens=encode_documents(fast_encoding, texts).astype("<u2"),
@@ -198,7 +206,11 @@ def map_in_order(pool, function, items, max_pending):
 
 
 def read_texts(parquet, column, first_row):
-    """Yield the text column of a parquet file from first_row on, BATCH_SIZE rows at a time."""
+    """Yield the text column of a parquet file, BATCH_SIZE rows at a time, starting with first_row.
+
+    first_row must be the beginning of a batch. The batches before it are read but not tokenized,
+    which is fast.
+    """
     row = 0
     for batch in parquet.iter_batches(BATCH_SIZE, columns=[column]):
         if row >= first_row:
@@ -229,7 +241,7 @@ def tokenize_file(pool, fast_encoding, path, column, first_row, max_pending):
 
 
 def check_text_column(path, schema, column):
-    """Raise ValueError unless a parquet file has exactly one column of this name, of texts."""
+    """Raise ValueError unless a parquet file has exactly one column of this name with text in it."""
     names = schema.names
     advice = f"choose --text_column from {', '.join(names)}"
     if column not in names:
@@ -254,18 +266,18 @@ class HubFiles:
         self.folder = folder
         self.keep = keep  # keep the downloaded files
         self.downloads = {}  # index of a file: Future of its path
-        self.deleted = 0  # number of files whose downloads are deleted, from the first one on
+        self.deleted = 0  # the downloads of the first self.deleted files have been deleted
         # An interrupted run leaves partial downloads, but huggingface_hub starts new ones.
         for path in glob.glob(f"{glob.escape(folder)}/.cache/**/*.incomplete", recursive=True):
             os.remove(path)
 
     def get_path(self, index):
-        """Return the path of a file, after downloading it if it is not here. Raises ValueError."""
+        """Wait for the download of a file, and return its path. Raises ValueError if it fails."""
         self.start_download(index)
         return self.downloads[index].result()
 
     def start_download(self, index):
-        """Start to download a file, unless it has been started or there is no such file."""
+        """Start the download of a file in a thread, unless it is started or there is no such file."""
         if index in self.downloads or index >= len(self.files):
             return
         future = Future()
@@ -277,8 +289,9 @@ class HubFiles:
             except Exception as error:  # get_path raises it
                 future.set_exception(error)
 
-        # The process ends without waiting for a daemon thread, so a download that hangs, after an
-        # error elsewhere, cannot keep it alive.
+        # Python does not wait for daemon threads when it exits. It would wait for the threads of a
+        # ThreadPoolExecutor: after an error elsewhere, a download that hangs would keep the process
+        # alive.
         threading.Thread(target=work, daemon=True).start()
 
     def download(self, name, size):
@@ -296,7 +309,7 @@ class HubFiles:
                 revision=self.revision,
                 local_dir=self.folder,
             )
-            # A proxy may send a part of the file as if it were all.
+            # A faulty proxy may deliver only a part of the file without an error.
             if os.path.getsize(path) != size:
                 os.remove(path)
                 raise OSError(f"incomplete download: expected {size} bytes")
@@ -320,9 +333,10 @@ class HubFiles:
 
 
 def ask_hub(function, description, attempts):
-    """Call a function, with growing pauses between attempts while the Hub is unavailable.
+    """Call function, which asks the Hub for something, and retry with growing pauses if it fails.
 
-    description says what is asked for. Raises ValueError if all attempts fail.
+    description names what is asked for, for the error message. Raises ValueError if the last
+    attempt fails, or if retrying is useless.
     """
     from huggingface_hub import constants  # imported here because it is slow
 
@@ -332,7 +346,8 @@ def ask_hub(function, description, attempts):
         except Exception as error:  # errors of the Hub, of HTTP and of transfers share no base class
             reason = f"{type(error).__name__}: {error.__cause__ or error}"[:200]
             status = getattr(getattr(error, "response", None), "status_code", None)
-            # Asking again is useless for data that does not exist or may not be read.
+            # Retrying is useless if the data do not exist, if access is denied, or if the name of
+            # the data set is invalid, which huggingface_hub reports as a ValueError.
             final = status in (401, 403, 404) or isinstance(error, ValueError)
             if final or attempt == attempts:
                 raise ValueError(
@@ -351,7 +366,7 @@ def list_hub_files(repo_id, remote_name):
 
     api = HfApi()
     folder = SUBSETS.get(remote_name, remote_name) or None
-    # few attempts, because a wrong address should be reported soon
+    # few attempts: without a network, the user should see the error soon
     attempts = min(DOWNLOAD_ATTEMPTS, 3)
     commit = ask_hub(lambda: api.dataset_info(repo_id).sha, f"data set {repo_id}", attempts)
 
@@ -374,7 +389,7 @@ def list_hub_files(repo_id, remote_name):
 
 
 def find_local_files(patterns):
-    """Return the paths of the parquet files in --source. Raises ValueError if a pattern has none."""
+    """Return the paths that --source matches. Raises ValueError if a pattern matches no files."""
     paths = []
     for pattern in patterns:
         matches = sorted(glob.glob(pattern, recursive=True))
@@ -414,11 +429,12 @@ class State:
     done: bool = False  # all shards of this rank are finished
     file: int = 0  # index of the parquet file to continue with, among the files of this rank
     row: int = 0  # row of that file to continue with
-    skip: int = 0  # number of tokens from that row on that are in finished shards already
-    tokens: int = 0  # so far, as all of the following
+    skip: int = 0  # tokens, counted from the beginning of that row, that finished shards contain
+    # totals so far
+    tokens: int = 0
     documents: int = 0
-    text_bytes: int = 0
-    empty: int = 0  # rows without a text
+    text_bytes: int = 0  # size of the texts in UTF-8
+    empty: int = 0  # rows whose text is null or empty
     shards: list = field(default_factory=list)  # [{"file", "split", "tokens", "sha256"}, ...]
 
 
@@ -471,10 +487,13 @@ def check_settings(settings, path):
     for file in source["files"]:
         if not isinstance(file, list) or len(file) < 2 or type(file[1]) is not int:
             raise ValueError(f"{path}: an entry of files does not describe a parquet file")
-        # Downloads are written to folder/name and deleted later. A name such as "../x" or "/x"
-        # would lead out of the folder.
+        # Downloads are written to folder/name and deleted later. A name such as "../x" or "/x", or
+        # on Windows "..\x" or "C:x", would lead out of the folder. Local files are only read, so
+        # their names may contain any character.
         name = file[0]
-        if not isinstance(name, str) or re.search(r"[\\:]|^/|(^|/)\.\.(/|$)|^$", name):
+        is_download = source.get("repo_id") is not None
+        leads_out = r"[\\:]|^/|(^|/)\.\.(/|$)|^$"
+        if not isinstance(name, str) or (is_download and re.search(leads_out, name)):
             raise ValueError(f"{path}: an entry of files is not the name of a parquet file")
 
 
@@ -493,14 +512,14 @@ class ShardWriter:
     def __init__(self, directory, state, shard_size, limit):
         self.directory = directory
         self.state = state
-        self.limit = limit  # maximum number of tokens in all
+        self.limit = limit  # maximum number of tokens of this rank, in all shards together
         self.saved_file = state.file  # index of the parquet file where a later run would continue
         self.buffer = np.empty(min(shard_size, limit), "<u2")  # the tokens of the current shard
-        self.used = 0  # number of tokens in it
+        self.used = 0  # number of tokens in the buffer
 
     @property
     def full(self):
-        """Return whether --max_tokens or --max_shards is reached."""
+        """Whether --max_tokens or --max_shards is reached."""
         return self.state.tokens >= self.limit
 
     def add(self, batch):
@@ -572,7 +591,7 @@ def make_shards(args):
         raise ValueError(f"--local_dir {directory} is a file: choose another --local_dir")
     settings, paths = get_settings(args, encoding)
     if os.path.exists(f"{directory}/meta.json"):
-        finish(directory)  # if a run was killed before its last step
+        finish(directory)  # deletes the state files that remain if a run was killed after meta.json
         print(f"{directory} already contains these shards")
         return
     limit = get_token_limit(args)
@@ -584,7 +603,7 @@ def make_shards(args):
         raise ValueError(f"another run has just finished {directory}: run the same command again")
     state = open_state(directory, args.rank, settings)
 
-    # reserve memory for a shard
+    # check that the disk has room for a shard, and allocate the memory in which it is collected
     check_free_space(directory, min(args.shard_size, limit))
     writer = ShardWriter(directory, state, args.shard_size, limit)
     writer.save_state()  # its file marks the directory as unfinished
@@ -599,7 +618,8 @@ def make_shards(args):
     if paths:
         paths = paths[args.rank :: args.world_size]
     else:
-        hub = open_hub(args, settings["source"]["revision"], my_files)
+        folder = f"{directory}/parquet_{args.rank:05d}"  # for the downloads of this rank
+        hub = HubFiles(args.repo_id, settings["source"]["revision"], my_files, folder, args.keep_parquet)
 
     # make the shards, and put the directory in order
     sizes = [file[1] for file in my_files]
@@ -608,7 +628,7 @@ def make_shards(args):
     writer.save_state()
     if hub:
         hub.delete_all()
-    lock.release()  # Windows cannot delete a file that is open, and finish deletes the lock's
+    lock.release()  # finish deletes the lock file, and Windows cannot delete a file that is open
     if args.world_size == 1:
         finish(directory)
 
@@ -624,7 +644,7 @@ def make_shards(args):
 def get_token_limit(args):
     """Return the maximum number of tokens of one rank.
 
-    Raises ValueError if it leaves none for training.
+    Raises ValueError if the limit leaves no tokens for training.
     """
     # 0 means no limit
     max_tokens = args.max_tokens or sys.maxsize
@@ -652,18 +672,12 @@ def open_state(directory, rank, settings):
     return state
 
 
-def open_hub(args, revision, files):
-    """Return the HubFiles of one rank."""
-    folder = f"{args.local_dir}/parquet_{args.rank:05d}"
-    return HubFiles(args.repo_id, revision, files, folder, args.keep_parquet)
-
-
 def tokenize_files(args, fast_encoding, paths, hub, sizes, writer):
-    """Tokenize parquet files, starting where the writer's state says.
+    """Tokenize the parquet files of one rank, starting where the writer's state says.
 
-    Shows the time left on a terminal.
-
-    The files are local ones at paths, or those of hub (a HubFiles). sizes are in bytes.
+    Either paths (of local files) or hub (a HubFiles) is given, and the other one is None. sizes are
+    the sizes of the files in bytes, from which the progress bar on a terminal estimates the time
+    left.
     """
     state = writer.state
     bar = tqdm(initial=state.tokens, unit="tok", unit_scale=True, disable=None)
@@ -683,8 +697,11 @@ def tokenize_files(args, fast_encoding, paths, hub, sizes, writer):
             with contextlib.closing(batches):  # close the parquet file even if the loop ends early
                 for batch in batches:
                     writer.add(batch)
-                    # As soon as a later run would continue in this file, the files before it can be
-                    # deleted and the next one downloaded. There are never more than two downloads.
+                    # saved_file is the file in which a later run would continue. Once that is this
+                    # file, the files before it are not needed any more: delete them, and download
+                    # the next file in the background. So there are at most two downloads, unless
+                    # the files are smaller than a shard: then they are kept until the shard that
+                    # contains them is finished.
                     if hub and writer.saved_file == index:
                         hub.delete_before(index)
                         hub.start_download(index + 1)
@@ -694,7 +711,7 @@ def tokenize_files(args, fast_encoding, paths, hub, sizes, writer):
                     bar.update(state.tokens - bar.n)
                     if writer.full:
                         break
-            if not writer.full:
+            if not writer.full:  # this file is finished
                 writer.next_file()
         if writer.used:
             writer.write_shard()  # the last shard is shorter than the others
@@ -714,7 +731,9 @@ def get_settings(args, encoding):
         saved_settings.append(meta)
     saved_settings += [state.settings for state in read_states(directory)]
     if not saved_settings and os.path.isdir(directory):
-        # A run that is interrupted before it saves its first state leaves only these files.
+        # Refuse a directory with other files: they may be shards, which train_gpt2.py would read
+        # together with the new ones. Lock files and temporary state files may remain from a run
+        # that was interrupted before it saved its first state.
         ours = re.compile(r"state_\d+\.(lock|json\.tmp)")
         others = [name for name in os.listdir(directory) if not ours.fullmatch(name)]
         if others:
@@ -780,11 +799,10 @@ def check_same_settings(directory, saved, settings):
 
 
 def lock_rank(directory, rank):
-    """Lock the work of a rank, and return the lock.
+    """Lock the work of a rank, and return the lock. Raises ValueError if another process has it.
 
-    Raises ValueError if another process has the lock.
-
-    The operating system releases the lock when the process ends, even if it is killed.
+    The operating system releases the lock when the process ends, even if it is killed. If the file
+    system does not support locks, prints a warning and returns a lock that is not held.
     """
     lock = filelock.FileLock(f"{directory}/state_{rank:05d}.lock", fallback_to_soft=False)
     try:
@@ -796,8 +814,8 @@ def lock_rank(directory, rank):
     except (NotImplementedError, OSError) as error:
         # Continue without a lock if the file system does not support locks. Raise any other error,
         # for example a full disk.
-        reason = getattr(error, "errno", errno.ENOSYS)
-        if reason not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+        code = getattr(error, "errno", errno.ENOSYS)  # NotImplementedError has no errno
+        if code not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
         print(f"warning: {directory} cannot be locked: start only one run in it", file=sys.stderr)
     return lock
@@ -812,7 +830,9 @@ def check_shard_files(directory, shards):
         except ValueError:
             complete = False
         if not complete:
-            raise ValueError(f"{path} is missing or truncated: copy it here, or delete {directory}")
+            raise ValueError(
+                f"{path} is missing or damaged: restore it from a copy, or delete {directory} and start again"
+            )
 
 
 def check_free_space(directory, shard_tokens):
@@ -923,7 +943,9 @@ def verify(directory):
             problems.append(f"{name} is not part of the data set")
         elif expected:
             problems += compare_shard(path, tokens, expected[name])
-        summary = summaries.setdefault("val" if "_val_" in name else "train", Summary())
+        # The number is optional: llm.c has tiny_shakespeare_val.bin.
+        split = "val" if re.search(r"_val(_\d+)?\.", name) else "train"
+        summary = summaries.setdefault(split, Summary())
         summary.shards += 1
         summary.tokens += len(tokens)
         summary.documents += np.count_nonzero(tokens == encoding.eot_token)
@@ -943,10 +965,10 @@ def verify(directory):
 
 
 def expected_shards(directory):
-    """Return the tokenizer of a directory, and {file name: entry of meta.json or of a state}.
+    """Return the tokenizer of a directory, and {file name: entry of meta.json or of a state file}.
 
-    Prints with what the shards are compared. The entries are {} if the directory is another
-    project's.
+    Also prints what the shards are compared with. The dict is empty if the directory has neither
+    meta.json nor a finished shard in a state file, like a directory of build-nanogpt's shards.
     """
     tokenizer = "gpt2"
     shards = []
@@ -1156,11 +1178,14 @@ def run_script(main):
 
 
 def default_ranks():
-    """Return the rank and the number of processes, from RANK and WORLD_SIZE or from Slurm."""
+    """Return the defaults of --rank and --world_size: $RANK and $WORLD_SIZE, or Slurm's values.
+
+    Both are strings. argparse converts a default that is a string like the value of a flag.
+    """
     step = os.environ.get("SLURM_STEP_ID", "")
     rank, world_size = "0", "1"
-    # A batch script also sees SLURM_PROCID and SLURM_NTASKS, but it runs only once. srun starts one
-    # process per task.
+    # srun starts SLURM_NTASKS processes, and SLURM_PROCID is the number of this process. A batch
+    # script has these variables too, although it is run by one process only.
     if step.isdecimal() and int(step) < FIRST_SPECIAL_STEP:
         rank = os.environ.get("SLURM_PROCID", rank)
         world_size = os.environ.get("SLURM_NTASKS", world_size)
@@ -1174,7 +1199,10 @@ def parse_args():
 
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--source", nargs="+", metavar="FILE", help="local parquet files or 'patterns', instead of the Hub's"
+        "--source",
+        nargs="+",
+        metavar="FILE",
+        help="read local parquet files instead of the Hub; quoted patterns such as 'books/*.parquet' also work",
     )
     group.add_argument(
         "--repo_id",
@@ -1210,7 +1238,10 @@ def parse_args():
         help="tokens per shard; the first shard is the validation split (default: 100000000)",
     )
     group.add_argument(
-        "--max_tokens", type=int, default=0, help="stop after this many tokens per rank (default: 0, no limit)"
+        "--max_tokens",
+        type=int,
+        default=0,
+        help="stop after this many tokens per rank, with those of the validation shard (default: 0, no limit)",
     )
     group.add_argument(
         "--max_shards", type=int, default=0, help="stop after this many shards per rank (default: 0, no limit)"
@@ -1248,7 +1279,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    # huggingface_hub is silent: this script shows its own progress and reports errors itself
+    # Silence huggingface_hub, because this script shows progress and reports errors itself. It
+    # reads these variables when it is imported, which the functions above do later.
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["HF_HUB_VERBOSITY"] = "critical"
     try:

@@ -603,7 +603,9 @@ DAMAGED_STATES = {
     "a shard with a wrong checksum": lambda text: replace_values(text, ["shards", 0, "sha256"], 5),
     "a shard elsewhere": lambda text: replace_values(text, ["shards", 0, "file"], "../victim.npy"),
     "a download elsewhere": lambda text: replace_values(
-        text, ["settings", "source", "files", 0, 0], "../../victim.parquet"
+        replace_values(text, ["settings", "source", "repo_id"], "some/texts"),
+        ["settings", "source", "files", 0, 0],
+        "../../victim.parquet",
     ),
 }
 
@@ -625,6 +627,17 @@ def test_damaged_states_are_one_line_and_nothing_is_touched(unfinished):
     assert all(victim.read_text() == "precious" for victim in victims)
     state.write_text(text)
     run(*flags)
+
+
+@posix  # Windows does not allow these names
+def test_local_files_may_have_any_name(tmp_path):
+    texts = make_texts(5, 60)
+    write_parquet(f"{tmp_path}/in/2024-01-01T00:00 \\.parquet", texts)
+    flags = ["--tokenizer", "bytes", "--source", f"{tmp_path}/in/*.parquet", "--local_dir", tmp_path / "out"]
+    flags += ["--shard_size", 1000]
+    run(*flags)
+    assert read_shards(tmp_path / "out", 1000) == reference(texts, encode_bytes)
+    assert "already contains" in run(*flags)
 
 
 @posix
@@ -879,6 +892,8 @@ def test_verify_reads_shards_of_other_projects(tmp_path):
     shard = tmp_path / "bin/fineweb_train_000001.bin"
     shard.write_bytes(header + tokens.tobytes())
     assert "train: 1 shards, 5 tokens, 2 documents" in run("--verify", tmp_path / "bin")
+    shard.rename(tmp_path / "bin/tiny_shakespeare_val.bin")  # llm.c's name, without a number
+    assert "val: 1 shards, 5 tokens, 2 documents" in run("--verify", tmp_path / "bin")
     for bad in (header + tokens.tobytes()[:-2], bytes(1034), b"", header + b"\xff" * 10):
         shard.write_bytes(bad)
         assert shard.name in run("--verify", tmp_path / "bin", code=2)
