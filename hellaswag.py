@@ -34,17 +34,17 @@ loss per token. Here it is ending 2, which is correct. Both are reported as the 
 that are answered correctly. Random guessing gives 0.25.
 
 As in build-nanogpt and llm.c, the context and " " + ending are tokenized separately, and the losses
-of the context do not count. The last line of the output for --model gpt2 is
+of the context do not count. With --model gpt2 --dtype float32, the last line of the output is
 
     10042 acc: 0.2859 acc_norm: 0.2955
 
-These are the values that build-nanogpt reports. Larger models, and models trained on more tokens,
-reach higher values.
+These are the values that build-nanogpt reports. bfloat16, the default on most GPUs, may change the
+last digits. Larger models, and models trained on more tokens, reach higher values.
 
 The validation set (10,042 examples) is downloaded once, to hellaswag/hellaswag_val.parquet. --data
 FILE reads another file. --output FILE writes the losses of every ending as JSON. --prepare writes
 hellaswag/hellaswag_val.npz. For GPT-2 124M, an evaluation takes about an hour on two CPU cores in
-float32, and less than a minute on a GPU.
+float32. On a GPU it should take about a minute, which has not been measured.
 
 Sections: scoring, data, model, loading, command line.
 """
@@ -96,10 +96,11 @@ class Example:
 
 @torch.inference_mode()
 def score_endings(model, contexts, endings):
-    """Compute the losses of endings in nats. Returns (totals, means per token), (B, k) each.
+    """Compute the losses of endings in nats.
 
-    contexts are B lists of n tokens, all with the same n. endings[b] are the k endings of
-    contexts[b].
+    contexts is a list of B contexts, each a list of n tokens. endings[b] is a list of the k endings
+    of contexts[b], which may have different lengths. Returns the total loss and the mean loss per
+    token of each ending, two float64 tensors (B, k) on the CPU.
 
     The simplest method would process k complete rows "context + ending" per example. But these
     rows begin with the same context. So each context is processed once, and its attention keys and
@@ -133,6 +134,7 @@ def score_endings(model, contexts, endings):
         rows_of_group = [rows[i] for i in group]
         longest = max(len(row) for row in rows_of_group)
         context_of_row = torch.tensor([i // k for i in group], device=device)  # (N,)
+        # The last token of an ending predicts nothing that we need, so the cache has no room for it.
         copies = cache.select(context_of_row, n + longest - 1)
         losses = compute_losses(model, copies, x[context_of_row], rows_of_group)  # (N, longest)
         totals[group] = losses.sum(dim=1)
@@ -178,6 +180,8 @@ def compute_losses(model, cache, x, rows):
     # Put the M losses back where their tokens are.
     loss_of_token = torch.zeros(N, T, device=x.device)
     loss_of_token[is_token] = torch.cat(losses)
+    # float64, so that rounding in the sums cannot decide between two endings. Apple's GPUs do not
+    # have it, so the CPU converts.
     return loss_of_token.cpu().double()
 
 
@@ -386,18 +390,21 @@ def load_examples(path, tokenizer, limit=None):
 
     path is the value of --data. None means the validation set.
     """
+    advice = "choose another file with --data FILE"
     try:
         if path is not None:
             examples = read_hellaswag(path)
         elif os.path.exists(PARQUET_PATH):
+            advice = f"delete {PARQUET_PATH} to download it again, or {advice}"
             examples = read_hellaswag(PARQUET_PATH, NUM_EXAMPLES)
         elif os.path.exists(JSONL_PATH):
+            advice = f"delete {JSONL_PATH} to download the examples, or {advice}"
             examples = read_hellaswag(JSONL_PATH, NUM_EXAMPLES)
         else:
             examples = download_hellaswag()
         return [tokenize(example, tokenizer) for example in examples[:limit]]
     except (OSError, ValueError) as error:
-        fail(f"{error}: choose another file with --data FILE")
+        fail(f"{error}: {advice}")
 
 
 def tokenize(example, tokenizer):
@@ -455,12 +462,13 @@ def encode(tokenizer, text):
 
     Raises ValueError if tiktoken cannot tokenize it.
     """
-    # tiktoken crashes at a million blanks in a row. Shorter texts need no search for them.
+    # tiktoken crashes if a text has about a million whitespace characters in a row. A text that is
+    # shorter than the limit cannot contain such a run.
     limit = 900_000
     if len(text) > limit:
         longest = max(map(len, re.findall(r"\s+", text)), default=0)
         if longest > limit:
-            raise ValueError(f"a text has {longest:,} blanks in a row: use at most {limit:,}")
+            raise ValueError(f"a text has {longest:,} whitespace characters in a row: use at most {limit:,}")
     return tokenizer.encode_ordinary(text)
 
 
@@ -542,7 +550,10 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, nh, T, hs) -> (B, nh, S, hs)
 
-        # attention: without earlier tokens, is_causal masks the future, which is faster than a mask
+        # attention, in three cases:
+        # - no earlier tokens: is_causal hides later tokens, which is faster than a mask
+        # - earlier tokens and one new token: it attends to all of them, so mask is None
+        # - earlier tokens and several new tokens: mask (T, S) hides later tokens
         is_causal = k.shape[2] == T
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
@@ -973,57 +984,56 @@ def get_args():
     )
     parser.error = lambda message: fail(f"{message}: see --help")  # one line, as all errors
 
-    # what to evaluate
-    parser.add_argument(
+    group = parser.add_argument_group("what to evaluate")
+    group.add_argument(
         "--model",
         default="log",
         help="directory of a model, directory of a run (its newest checkpoint is used),\n"
         "or name of a GPT-2 on the Hugging Face Hub (default: log)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--data",
         metavar="FILE",
         help="HellaSwag examples as JSON lines or parquet (default: the validation set,\n"
         f"from {PARQUET_PATH} or {JSONL_PATH}\nif one of them exists, otherwise downloaded)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--limit",
         type=int,
         metavar="N",
         help="use only the first N examples (default: all)",
     )
 
-    # what to write
-    parser.add_argument(
+    group = parser.add_argument_group("what to write")
+    group.add_argument(
         "--output",
         metavar="FILE",
         help="JSON file for the losses and predictions of all examples (default: none)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--prepare",
         action="store_true",
         help="tokenize the examples for train_gpt2.py instead of evaluating a model,\n"
         f"and write them to {PREPARED_PATH}",
     )
 
-    # how to compute
-    parser.add_argument(
+    group = parser.add_argument_group("how to compute")
+    group.add_argument(
         "--batch_size",
         type=int,
         metavar="N",
         help="number of examples per batch; affects speed and memory, not results\n"
         "(default: 8 on a CPU, 32 on other devices)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--device",
         default="auto",
         help="auto, cpu, cuda, cuda:1, mps, ... (default: auto, the GPU if there is one)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--dtype",
         choices=list(DTYPES),
-        help="dtype for weights and activations (default: float32 on CPUs,\n"
-        "bfloat16 on GPUs that support it and float32 on GPUs that do not)",
+        help="dtype for weights and activations (default: bfloat16 on CUDA GPUs that\nsupport it, otherwise float32)",
     )
 
     args = parser.parse_args()
@@ -1041,7 +1051,7 @@ def get_args():
 
 
 def pick_dtype(name, device):
-    """Return the name of the dtype to use. name is that of --dtype, or None for the default."""
+    """Return the name of the dtype to use. name is the value of --dtype, None for the default."""
     if name is not None:
         return name
     # Older GPUs only emulate bfloat16, which is slow.
@@ -1062,7 +1072,7 @@ def prepare(args):
 
 
 def predict(model, examples, batch_size):
-    """Return one dict for each example, with its losses and predictions as --output has them.
+    """Return a list with one dict per example: its losses and predictions, as in --output.
 
     Shows a progress bar on a terminal. Raises ValueError if a loss is NaN or infinite.
     """
@@ -1100,9 +1110,9 @@ def main():
         prepare(args)
         return
 
-    # Choose attention kernels, and TF32 for float32 matmuls on GPUs that support it. cuDNN's
-    # attention builds a new plan for every new length, which takes longer than the attention
-    # itself. Here nearly every batch has another length, so PyTorch's other kernels are used.
+    # Do not use cuDNN's attention: it builds a new plan for each new length, which takes longer
+    # than the attention itself, and the length changes with nearly every batch. Use TF32 for
+    # float32 matmuls, which is faster, on GPUs that support it.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("high")
 
@@ -1110,7 +1120,8 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model, tokenizer, directory = load_model(args.model, device, DTYPES[dtype])
-    # The output names the checkpoint if --model is a run, but not the cache if it is on the Hub.
+    # If --model is a run, the output names the checkpoint that was used. For a model on the Hub,
+    # directory is a folder in the cache of its downloads, and --model says more.
     model_name = directory if os.path.isdir(args.model) else args.model
     examples = load_examples(args.data, tokenizer, args.limit)
     n = len(examples)

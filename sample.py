@@ -6,16 +6,16 @@ Generate text with a GPT-2: a checkpoint of train_gpt2.py, or any Hugging Face G
     python sample.py --model log/step_019073 --num_samples 4 --temperature 0.8 --top_p 0.9
     cat prompt.txt | python sample.py --model gpt2 --prompt - --stop "." --max_new_tokens 100
 
-A language model computes the probability of each token of its vocabulary to be the next one. One of
-these tokens is drawn at random and appended to the text. Then the model computes the probabilities
-of the token after it, and so on.
+For each token of its vocabulary, a language model computes the probability that it comes next. One
+token is drawn at random with these probabilities and appended to the text. Then the model computes
+the probabilities for the token after it, and so on.
 
 The prompt and its continuation are printed token by token. Without --prompt, the script asks for
-prompts on a terminal; otherwise it starts a new document. With the same flags, the text is the same
-every time. The model is read from a directory or the Hugging Face Hub. No file is written, except
-for the Hub's downloads. Expect about 35 tokens per second from GPT-2 124M on two CPU cores. Reading
-all weights from memory for each token takes most of this time. With --dtype bfloat16, the weights
-take half the memory.
+prompts if it runs on a terminal, and starts a new document otherwise. On the same machine, the same
+flags produce the same text every time. The model is read from a directory or the Hugging Face Hub.
+No file is written, except for the Hub's downloads. Expect about 30 tokens per second from GPT-2
+124M on two CPU cores. On CPUs with bfloat16 instructions, --dtype bfloat16 is about 1.5 times as
+fast.
 
 Sections: sampling, text, model, loading, command line.
 """
@@ -82,10 +82,10 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 @torch.inference_mode()
 def generate(model, prompt_tokens, num_samples, max_new_tokens, sampler):
-    """Continue a prompt. Yields max_new_tokens times the next token of each sample, (num_samples,).
+    """Continue a prompt. Yields max_new_tokens tensors (B,): the next tokens of B samples.
 
-    prompt_tokens is a list. sampler is a function that maps logits (num_samples, V) to the next
-    tokens, as sample_token does.
+    prompt_tokens is a list of 1 to n_positions tokens, and B is num_samples. sampler is a function
+    that maps logits (B, V) to tokens (B,), such as sample_token. V is the size of the vocabulary.
     """
     n_positions = model.config["n_positions"]
     device = model.wte.weight.device
@@ -99,17 +99,17 @@ def generate(model, prompt_tokens, num_samples, max_new_tokens, sampler):
     # Copy the results for B = num_samples samples.
     idx = idx.expand(num_samples, -1)  # (1, T) -> (B, T)
     logits = logits.expand(num_samples, -1)  # (1, V) -> (B, V)
-    copies = torch.zeros(num_samples, dtype=torch.int64, device=device)  # sequence 0, B times
+    indices = torch.zeros(num_samples, dtype=torch.int64, device=device)  # sequence 0, B times
     max_length = min(n_positions, len(prompt_tokens) + max_new_tokens)
-    cache = cache.select(copies, max_length)
+    cache = cache.select(indices, max_length)
 
-    # The first new token follows from the prompt, each further one from the token before it.
+    # The logits of the prompt give the first new token. In each step after that, the newest token
+    # is processed, and the cache supplies the tokens before it.
     next_token = sampler(logits)  # (B, V) -> (B,)
     yield next_token
     for _ in range(max_new_tokens - 1):
         idx = torch.cat((idx, next_token[:, None]), dim=1)  # (B, T) -> (B, T + 1)
         if idx.shape[1] <= n_positions:
-            # With the cache, only the newest token has to be processed.
             x = model(idx[:, -1:], cache)[:, -1]  # (B, 1) -> (B, 1, C) -> (B, C)
         else:
             # The text is longer than the model's context, so the oldest token is dropped. All other
@@ -139,9 +139,9 @@ def partial_stop_length(text, stops):
 class StreamDecoder:
     """Turn the tokens of one sample into text as they arrive, up to <|endoftext|> or a stop text.
 
-    Tokens are pieces of UTF-8 bytes, and a character can be split between two of them. Only
-    complete characters are returned. Invalid bytes become U+FFFD, and so do control characters,
-    which could send commands to a terminal.
+    A token is a sequence of bytes, and the bytes of one UTF-8 character can be spread over several
+    tokens. A character is returned when all of its bytes have arrived. Invalid bytes become U+FFFD.
+    So do control characters except newline and tab, because they could send commands to a terminal.
     """
 
     def __init__(self, tokenizer, stops):
@@ -194,15 +194,17 @@ def stream_texts(model, tokenizer, prompt_tokens, args):
         yield texts
         if all(decoder.done for decoder in decoders):
             return
-    # max_new_tokens is reached: return what the decoders have kept.
+    # max_new_tokens is reached: yield the text that the decoders still hold.
     yield [decoder.add(None) for decoder in decoders]
 
 
 def print_samples(model, tokenizer, prompt, args, echo=True):
-    """Print continuations of prompt: one sample token by token, several one after the other.
+    """Print args.num_samples continuations of prompt.
 
-    With echo, the prompt is printed before each of them. Raises ValueError if the prompt is too
-    long, if the model computes NaN, or if the samples need too much memory.
+    A single sample is printed token by token while it is generated. Several samples are printed one
+    after the other at the end. With echo, the prompt is printed before each sample. Raises
+    ValueError if the prompt is too long, if the model computes NaN, or if the samples need too much
+    memory.
     """
     # Tokenize the prompt. <|endoftext|> is the beginning of a document.
     prompt_tokens = encode(tokenizer, prompt) or [tokenizer.eot_token]
@@ -230,7 +232,8 @@ def print_samples(model, tokenizer, prompt, args, echo=True):
         if not is_out_of_memory(error):
             raise
         raise ValueError(
-            f"{args.num_samples} samples do not fit into the memory: use a smaller --num_samples"
+            f"--num_samples {args.num_samples} with --max_new_tokens {args.max_new_tokens} does not fit "
+            "into the memory: use smaller values"
         ) from None
     for i, sample in enumerate(samples, 1):
         print(f"--- sample {i} of {args.num_samples} ---", sample, sep="\n", flush=True)
@@ -311,7 +314,10 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, nh, T, hs) -> (B, nh, S, hs)
 
-        # attention: without earlier tokens, is_causal masks the future, which is faster than a mask
+        # attention, in three cases:
+        # - no earlier tokens: is_causal hides later tokens, which is faster than a mask
+        # - earlier tokens and one new token: it attends to all of them, so mask is None
+        # - earlier tokens and several new tokens: mask (T, S) hides later tokens
         is_causal = k.shape[2] == T
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
@@ -675,12 +681,13 @@ def encode(tokenizer, text):
 
     Raises ValueError if tiktoken cannot tokenize it.
     """
-    # tiktoken crashes at a million blanks in a row. Shorter texts need no search for them.
+    # tiktoken crashes if a text has about a million whitespace characters in a row. A text that is
+    # shorter than the limit cannot contain such a run.
     limit = 900_000
     if len(text) > limit:
         longest = max(map(len, re.findall(r"\s+", text)), default=0)
         if longest > limit:
-            raise ValueError(f"a text has {longest:,} blanks in a row: use at most {limit:,}")
+            raise ValueError(f"a text has {longest:,} whitespace characters in a row: use at most {limit:,}")
     return tokenizer.encode_ordinary(text)
 
 
@@ -853,7 +860,9 @@ def check_args(args):
 
 
 def replace_invalid(text):
-    """Return a command-line argument with U+FFFD instead of bytes that are not UTF-8."""
+    """Replace the bytes of a command-line argument that are not valid UTF-8 with U+FFFD."""
+    # Python represents such bytes by lone surrogates, which cannot be printed. Turn them back into
+    # bytes, and decode these again.
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
@@ -871,6 +880,7 @@ def read_prompt():
 def ask_for_prompts(model, tokenizer, directory, args):
     """Continue each prompt that is typed on the terminal, until Ctrl-D."""
     print(f"{directory}: type a prompt; press Ctrl-D to quit")
+    sys.stdin.reconfigure(errors="replace")  # invalid bytes become U+FFFD, as in --prompt
     while True:
         try:
             prompt = input("> ")
@@ -879,16 +889,15 @@ def ask_for_prompts(model, tokenizer, directory, args):
             return
         # After an error, for example a prompt that is too long, another prompt can be typed.
         try:
-            print_samples(model, tokenizer, replace_invalid(prompt), args, echo=False)
+            print_samples(model, tokenizer, prompt, args, echo=False)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
 
 
 def main():
     args = get_args()
-    # cuDNN's attention builds a new plan for every new length, which takes longer than the
-    # attention itself. Here every token has another length, so PyTorch's other attention kernels
-    # are used.
+    # Do not use cuDNN's attention: it builds a new plan for each new length, which takes longer
+    # than the attention itself, and the length changes with every token.
     torch.backends.cuda.enable_cudnn_sdp(False)
     device = pick_device(args.device)
     model, tokenizer, directory = load_model(args.model, device, DTYPES[args.dtype])

@@ -648,7 +648,7 @@ def test_a_million_blanks_are_one_line(tmp_path, monkeypatch, tiktoken_cache):
     monkeypatch.chdir(tmp_path)
     data = write_jsonl(tmp_path / "val.jsonl", [{**GOOD, "ctx": "a" + " " * 1_100_000 + "b"}])
     done = call("hellaswag", "--prepare", "--data", data)
-    assert_refused(done, "blanks in a row", "--data FILE")
+    assert_refused(done, "whitespace characters in a row", "--data FILE")
     assert not (tmp_path / "hellaswag").exists()
 
 

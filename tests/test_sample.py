@@ -425,7 +425,7 @@ def test_end_of_text_ends_a_text_and_flushes_half_a_character():
 
 def test_a_million_blanks_are_refused_and_other_long_texts_are_not(tiktoken_cache):
     tokenizer = sample.get_tokenizer("gpt2")
-    with pytest.raises(ValueError, match="blanks in a row"):
+    with pytest.raises(ValueError, match="whitespace characters in a row"):
         sample.encode(tokenizer, "a" + " " * 1_100_000 + "b")
     text = ("a" + " " * 899_999) * 2
     assert tokenizer.decode(sample.encode(tokenizer, text)) == text
@@ -650,8 +650,8 @@ class Terminal:
         self.shown = ""
 
     def type(self, keys):
-        """Type keys."""
-        os.write(self.fd, keys.encode())
+        """Type keys, a string or bytes."""
+        os.write(self.fd, keys.encode() if isinstance(keys, str) else keys)
 
     def read_until(self, text, seconds=60):
         """Return and consume what is shown up to text; all until the end if text is None."""
@@ -660,7 +660,7 @@ class Terminal:
             readable, _, _ = select.select([self.fd], [], [], deadline - time.monotonic())
             assert readable, self.shown
             try:
-                self.shown += os.read(self.fd, 1000).decode()
+                self.shown += os.read(self.fd, 1000).decode(errors="replace")
             except OSError:  # the other end is closed
                 assert text is None, self.shown
                 return self.shown
@@ -672,7 +672,8 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def test_the_terminal_continues_prompts_until_ctrl_d(tmp_path):
+def test_the_terminal_continues_prompts_until_ctrl_d(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")  # stdin is strict, as in most locales
     make_scripted_model(tmp_path, b"<answer>", prompt_length=2)
     terminal = Terminal("--model", tmp_path, *GREEDY)
     terminal.read_until("> ")
@@ -681,6 +682,8 @@ def test_the_terminal_continues_prompts_until_ctrl_d(tmp_path):
     terminal.type("x" * 50 + "\n")
     message = "error: the prompt has 50 tokens, but the model takes at most 11"
     assert message in terminal.read_until("> ")
+    terminal.type(b"\xff\n")  # not UTF-8
+    assert "Traceback" not in terminal.read_until("> ")
     terminal.type("cd\n")
     assert terminal.read_until("> ").endswith("cd\r\n<answer>\r\n")
     terminal.type("\x04")
