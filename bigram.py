@@ -8,7 +8,8 @@ Reads input.txt, trains on its first 90%, and prints the loss on the training an
 part. Then it prints a sample. Writes no files. On input.txt the validation loss ends at 2.44 nats
 per character (2.49 on Tiny Shakespeare). A uniform guess among 65 characters gives ln 65 = 4.17.
 
-Sections: data, model, evaluation, training loop, command line. gpt.py has the same sections.
+Sections: data, model, evaluation, training loop, command line. gpt.py has the same sections, and
+two more.
 """
 
 import argparse

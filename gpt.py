@@ -158,7 +158,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        # Different from GPT-2: ReLU is the default, because it is the simplest. GPT-2 has GELU.
+        # Different from GPT-2: ReLU is the default, because it is the simplest. GPT-2 has an
+        # approximation of GELU.
         self.activation = nn.GELU() if config.activation == "gelu" else nn.ReLU()
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -242,9 +243,9 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, generator, temperature=1.0, top_k=0, stop=None):
         """Append up to max_new_tokens sampled characters to idx (1, T).
 
-        temperature below 1 prefers likely characters, and 0 always takes the most likely one. top_k
-        samples from the k most likely characters only; 0 means all. Sampling ends early when the
-        new characters end with the ids in the list stop.
+        A temperature below 1 makes likely characters more likely, and 0 always takes the most
+        likely one. With top_k above 0, only the top_k most likely characters can be sampled.
+        Sampling ends early when the new characters end with the ids in the list stop.
         """
         self.eval()  # switches dropout off
         T = idx.shape[1]
@@ -550,28 +551,32 @@ def parse_args():
     group.add_argument("--save", metavar="FILE", help="write the best model to FILE (default: do not write it)")
     group.add_argument("--load", metavar="FILE", help="sample from the model in FILE without training")
 
-    group = parser.add_argument_group("model (the defaults are in the preset)")
+    group = parser.add_argument_group("model")
     group.add_argument(
         "--preset",
         choices=list(PRESETS),
         help="set of defaults (default: full on a GPU, else cpu)",
     )
-    group.add_argument("--block_size", type=int, help="sequence length in characters")
-    group.add_argument("--n_layer", type=int, help="number of blocks")
-    group.add_argument("--n_head", type=int, help="attention heads per block")
-    group.add_argument("--n_embd", type=int, help="channels, a multiple of n_head")
-    group.add_argument("--dropout", type=float, help="fraction of activations set to 0 in training")
+    group.add_argument("--block_size", type=int, help="sequence length in characters (default: from --preset)")
+    group.add_argument("--n_layer", type=int, help="number of blocks (default: from --preset)")
+    group.add_argument("--n_head", type=int, help="attention heads per block (default: from --preset)")
+    group.add_argument("--n_embd", type=int, help="channels, a multiple of n_head (default: from --preset)")
+    group.add_argument(
+        "--dropout",
+        type=float,
+        help="fraction of activations set to 0 in training (default: from --preset)",
+    )
     group.add_argument(
         "--activation",
         choices=["relu", "gelu"],
         default="relu",
-        help="nonlinearity of the MLP (default: relu; GPT-2 has gelu)",
+        help="nonlinearity of the MLP (default: relu; GPT-2 has an approximation of gelu)",
     )
 
-    group = parser.add_argument_group("training (see the preset for other defaults)")
-    group.add_argument("--batch_size", type=int, help="sequences per step")
-    group.add_argument("--max_steps", type=int, help="training steps")
-    group.add_argument("--learning_rate", type=float, help="peak learning rate")
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch_size", type=int, help="sequences per step (default: from --preset)")
+    group.add_argument("--max_steps", type=int, help="training steps (default: from --preset)")
+    group.add_argument("--learning_rate", type=float, help="peak learning rate (default: from --preset)")
     group.add_argument(
         "--eval_interval",
         type=int,
@@ -600,7 +605,7 @@ def parse_args():
 
 
 def resolve_args(args, device):
-    """Take values that are not given from the preset, and exit with an error if one is invalid."""
+    """Set the flags that were not given to the preset's values. Exits if a value is invalid."""
     if args.preset is None:
         args.preset = "cpu" if device.type == "cpu" else "full"
     for name, default in PRESETS[args.preset].items():

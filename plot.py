@@ -149,8 +149,8 @@ def read_settings(log_dir):
     """Read run.json. Returns {} if there is no such file, or, with a warning, if it is damaged."""
     path = f"{log_dir}/run.json"
     try:
-        # only this field is used in computations; the others are only compared with strings
         settings = read_json(path)
+        # Only total_batch_size is used in computations, so only its value is checked.
         size = settings.get("total_batch_size", 1)
         if type(size) is not int or not 0 < size < 2**63:
             raise ValueError(f"{path}: total_batch_size is {size!r}, not a positive integer")
@@ -217,9 +217,9 @@ def is_fineweb_edu(settings):
 
 
 def want_references(runs):
-    """Return whether every run whose data set is known trains on FineWeb-Edu.
+    """Return whether OpenAI's results are comparable, so that they are drawn by default.
 
-    Only then are OpenAI's results comparable.
+    They are if the data set of at least one run is known, and all known ones are FineWeb-Edu.
     """
     known = [run.settings for run in runs if "tokenizer" in run.settings]
     return len(known) > 0 and all(is_fineweb_edu(settings) for settings in known)
@@ -458,7 +458,7 @@ def main():
     try:
         draw(args.log_dirs, path, args.tokens_per_step, args.reference)
     except ImportError as error:
-        fail(f"cannot draw ({error}): pip install -r requirements.txt")
+        fail(f"cannot draw ({error}): run pip install -r requirements.txt")
     except ValueError as error:
         fail(error)
     except OSError as error:

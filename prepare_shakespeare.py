@@ -1,9 +1,9 @@
 """
 Turn a UTF-8 text into the token shards that train_gpt2.py reads.
 
-    python prepare_shakespeare.py                              # input.txt, one token per byte
-    python prepare_shakespeare.py --tokenizer gpt2             # GPT-2's 50,257 tokens
-    python prepare_shakespeare.py --download --out_dir tiny    # the real Tiny Shakespeare
+    python prepare_shakespeare.py                            # input.txt, one token per byte
+    python prepare_shakespeare.py --tokenizer gpt2 --out_dir plays_gpt2    # GPT-2's 50,257 tokens
+    python prepare_shakespeare.py --download --out_dir tiny  # the real Tiny Shakespeare
     python prepare_shakespeare.py --input book.txt --out_dir book
 
 Takes a second, and writes five files to OUT_DIR. NAME is the last part of OUT_DIR.
@@ -14,8 +14,8 @@ Takes a second, and writes five files to OUT_DIR. NAME is the last part of OUT_D
     vocab.json, merges.txt  the tokenizer in Hugging Face's format, for checkpoints
 
 With the default tokenizer, input.txt gives 432,828 training tokens and 48,093 validation tokens.
-The text is one document. A literal <|endoftext|> in it is tokenized like any other text: it does
-not become the end-of-text token.
+Each of the two parts is one document, which begins with the end-of-text token. A literal
+<|endoftext|> in the text is tokenized like any other text: it does not become that token.
 """
 
 import argparse

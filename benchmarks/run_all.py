@@ -80,7 +80,10 @@ def make_commands(args, directory):
         if name == "hellaswag":
             flags += ["--source", f"{ROOT}/input.txt"]
         for dtype in args.dtypes:
-            commands.append((name, [*flags, "--dtype", dtype]))
+            contestants = []
+            if name == "step" and args.device == "cpu" and dtype == "bfloat16" and not args.quick:
+                contestants = ["--only", "ours", "ours compiled", "ours, float32"]
+            commands.append((name, [*flags, "--dtype", dtype, *contestants]))
     return commands
 
 
