@@ -2,24 +2,26 @@
 Lesson 3: pre-train GPT-2 (124M to 1.6B parameters) on a CPU, one GPU or many GPUs.
 
     python prepare_shakespeare.py
-    python train_gpt2.py --preset shakespeare                # 0.8M parameters, two CPU cores, a minute
+    python train_gpt2.py --preset shakespeare                # 0.8M parameters, about a minute on two CPU cores
 
     python fineweb.py
+    python hellaswag.py --prepare                            # optional: evaluate on HellaSwag during training
     python train_gpt2.py                                     # GPT-2 124M on one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # the same on eight GPUs
     torchrun --standalone --nproc_per_node=8 --max-restarts=3 train_gpt2.py --resume
-                                                             # the same, and restart after a crash
+                                                             # the same, restarted after a crash
 
-Reads the token shards of --data_dir. Writes to --log_dir: log.txt with one "step kind value" line per
-metric, run.json with the flags, and checkpoints step_NNNNNN/, which transformers'
-AutoModelForCausalLM.from_pretrained loads. The kinds of metrics are train, val, hella (HellaSwag), lr,
-norm, tok/s and skipped (number of float16 steps skipped so far). A step sees the same tokens on any
-number of processes.
+Reads the token shards in --data_dir and, if it exists, hellaswag/hellaswag_val.npz. Writes to --log_dir:
+log.txt with one "step kind value" line per metric, run.json with the settings, and checkpoints
+step_NNNNNN/, which transformers' AutoModelForCausalLM.from_pretrained loads. The kinds of metrics are
+train, val, hella (HellaSwag), lr, norm, tok/s and skipped (number of float16 steps that were skipped since
+this process started). A step sees the same tokens on any number of processes.
 
 The loss at step 0 is about ln(vocab_size) + n_embd * 0.02^2 / 2 (half the variance of the logits):
-10.98 for GPT-2 124M, 5.58 for --preset shakespeare. Expect a validation loss of about 3.29 on
-FineWeb-Edu after 19,073 steps. --preset shakespeare ends at 1.55 nats per byte, after 71 seconds on two
-CPU cores.
+10.98 for GPT-2 124M, 5.58 for --preset shakespeare. --preset shakespeare ends at 1.55 nats per byte, after
+71 seconds on two CPU cores. The full run of the 124M model has not been made with this script yet.
+build-nanogpt reached a validation loss below 3.29 on FineWeb-Edu with this recipe, and published runs of
+this size took 45 minutes to 3 hours on eight GPUs (docs/reproduce.md).
 
 Sections: model, data, optimizer, evaluation, run directory, resuming, stopping, command line, setup,
 reporting, training loop.
@@ -144,10 +146,10 @@ class GPTConfig:
 def cross_entropy(logits, targets):
     """Return the mean cross-entropy in nats of logits (N, V) and targets (N,), computed in float32.
 
-    Equals F.cross_entropy(logits.float(), targets). On CPUs it works on a few rows at a time,
-    because the C library gives tensors above 32 MiB back to the operating system when they are
-    freed, and getting that memory again, page by page, takes several times as long as the
-    computation. GPUs reuse their memory: one chunk is best.
+    Equals F.cross_entropy(logits.float(), targets) up to rounding. On a CPU, the rows are processed
+    in chunks of 16 MiB: the C library returns freed tensors above 32 MiB to the operating system,
+    and getting the memory again takes several times as long as the computation. On a GPU, PyTorch
+    keeps freed memory, so one chunk is best.
     """
     chunk_size = len(logits)
     if logits.device.type == "cpu":
@@ -257,7 +259,7 @@ class GPT(nn.Module):
             if name.endswith(TRANSPOSED):
                 weight = weight.T
             weights[f"transformer.{name}"] = weight.float().cpu().contiguous()
-        eot_token = VOCAB_SIZES[self.config.tokenizer] - 1
+        eot_token = VOCAB_SIZES[self.config.tokenizer] - 1  # <|endoftext|> has the last id
         config = {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -286,8 +288,8 @@ class GPT(nn.Module):
         """Load a GPT-2 from a checkpoint, a run directory (its newest checkpoint), or the Hub.
 
         block_size may be smaller than the model's, which crops the position embeddings; dropout
-        replaces the stored value. Raises ValueError if there is no such model, or it is not a
-        supported GPT-2.
+        replaces the stored value. Raises ValueError if there is no such model, if it is not a
+        supported GPT-2, or if block_size is larger than the model's.
         """
         directory = find_pretrained(name)
         # config.json tells the shape of the model
@@ -311,11 +313,11 @@ class GPT(nn.Module):
             )
         weights = read_weights(directory, saved)
         model = cls(config)
-        # Add the padding rows, which the files do not contain, and drop the positions beyond
-        # block_size.
+        # Add the padding rows, which the files do not contain.
         padding = model.wte.weight[config.vocab_size :].detach()
         weights["wte.weight"] = torch.cat((weights["wte.weight"].float(), padding))
-        # (load_state_dict reports a missing or misshapen wpe.weight.)
+        # Drop the positions beyond block_size. If wpe.weight is missing or has a wrong shape,
+        # load_state_dict reports it below.
         if "wpe.weight" in weights and weights["wpe.weight"].shape[:1] == (saved["n_positions"],):
             weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
         try:
@@ -628,6 +630,7 @@ def read_data_set(data_dir):
             meta = read_meta(data_dir)
         except ValueError as error:
             raise ValueError(f"{error}: regenerate the shards") from None
+    # fineweb.py keeps a state file of each rank until the data set is complete
     elif any(re.fullmatch(r"state_\d+\.json", name) for name in names):
         raise ValueError(f"--data_dir {data_dir} is not finished: run the same fineweb.py command again")
     else:
@@ -645,11 +648,13 @@ def read_data_set(data_dir):
         if shard["file"] not in names:
             raise ValueError(f"{path} is missing, but meta.json lists it: regenerate the shards")
         tokens = load_shard(path)
-        if shard.setdefault("tokens", len(tokens)) != len(tokens):
+        if "tokens" not in shard:  # a directory without meta.json
+            shard["tokens"] = len(tokens)
+        if shard["tokens"] != len(tokens):
             raise ValueError(f"{path} has {len(tokens)} tokens, but meta.json says {shard['tokens']}: regenerate it")
         probe = tokens[:probe_size]
         check_token_ids(probe, meta["vocab_size"], path)
-        # Without a checksum, the first tokens stand for the shard: a replaced shard will be
+        # A shard without a checksum is identified by its first tokens, so that a replaced shard is
         # noticed.
         identity = shard.get("sha256") or hashlib.sha256(probe.tobytes()).hexdigest()
         digest.update(f"{shard['file']} {len(tokens)} {identity}\n".encode())
@@ -680,15 +685,17 @@ def check_token_ids(tokens, vocab_size, path):
 class TokenDataset:
     """One split of a data set, cut into windows of block_size + 1 tokens, in a reproducible order.
 
-    A window holds block_size inputs and their targets, the same tokens shifted by one. Windows tile
-    a shard: consecutive windows share one token, so every token is a target exactly once per epoch,
-    except a shard's first token and those at its end that do not fill a window. An epoch visits the
-    shards, and the windows of each shard, in a random order that follows from the seed and the
-    epoch, or in file order without shuffle. A window's place depends on its index alone, which is
-    counted from the start of training, so that a resumed run sees the same data on any number of
-    processes. Memory: O(number of shards), plus one shard's permutation.
+    A window holds block_size inputs and their targets, which are the same tokens shifted by one.
+    Consecutive windows share one token. So every token is a target exactly once per epoch, except
+    the first token of a shard and the last ones that do not fill a window.
 
-    data_set is the dict of read_data_set. Raises UserError if the split has no window.
+    With shuffle, each epoch visits the shards, and the windows of each shard, in a random order
+    that is computed from the seed and the epoch. Without shuffle, it visits them in file order.
+    Windows are numbered from the start of training, and the number of a window alone determines its
+    tokens: a resumed run sees the same data on any number of processes. Only the permutation of one
+    shard is in memory.
+
+    data_set is the dict from read_data_set. Raises UserError if the split has no window.
     """
 
     def __init__(self, data_dir, split, data_set, block_size, seed, shuffle):
@@ -726,8 +733,8 @@ class TokenDataset:
             )
         listing = ", ".join(names[:5]) or "nothing"
         raise UserError(
-            f"{data_dir} contains no shard named *_{split}.bin, *_{split}_000000.npy or similar, "
-            f"but {listing}: regenerate the shards, or pass another --data_dir"
+            f"{data_dir} contains no shard named *_{split}.bin, *_{split}_000000.npy or similar (it contains "
+            f"{listing}): regenerate the shards, or pass another --data_dir"
         )
 
     def locate(self, index):
@@ -783,7 +790,10 @@ class TokenDataset:
         return self.open_shards[shard]
 
     def check_open_shards(self):
-        """Raise DataError if an open shard was truncated: reading it would kill the process."""
+        """Raise DataError if an open shard is missing or truncated.
+
+        Reading beyond the end of a memory-mapped file would kill the process (SIGBUS).
+        """
         for shard, tokens in self.open_shards.items():
             path = self.paths[shard]
             if not os.path.exists(path) or os.path.getsize(path) < tokens.offset + tokens.nbytes:
@@ -808,7 +818,7 @@ class TokenDataset:
 
 
 def to_device(tensor, device):
-    """Copy a tensor to the device; to a GPU asynchronously, while it computes."""
+    """Copy a tensor to the device. Copies to a GPU run while the GPU computes."""
     if device.type == "cuda":
         # Only copies from pinned memory are asynchronous, and pinning needs a contiguous tensor.
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)
@@ -824,8 +834,9 @@ def load_batch(dataset, indices, device):
 class BatchLoader:
     """Loads this rank's micro-batches of the training data onto the device.
 
-    Micro-steps are counted from the start of training. In each of them every rank takes
-    micro_batch_size windows.
+    A training step consists of grad_accum_steps micro-steps. In a micro-step, every rank computes
+    the gradients of one micro-batch, micro_batch_size windows. Micro-steps are numbered from the
+    start of training.
     """
 
     def __init__(self, dataset, micro_batch_size, rank, world_size, device):
@@ -882,15 +893,14 @@ class Muon(torch.optim.Optimizer):
 
     The update of a weight matrix is usually dominated by a few directions. Muon replaces it by the
     nearest matrix whose singular values are all about 1, so that rare directions are learned as
-    fast as common ones. It is meant for the weight matrices of the blocks only. Embeddings are
-    lookup tables, whose rows are updated independently, and biases and norms are vectors: AdamW
-    optimizes them. c_attn stacks three layers, for queries, keys and values, so each of them is
-    orthogonalized by itself.
+    fast as common ones. It is meant for the weight matrices of the blocks. AdamW optimizes the
+    rest: embeddings are lookup tables whose rows are updated independently, and biases and layer
+    norms are vectors. c_attn stacks three matrices, for queries, keys and values, and each of the
+    three is orthogonalized separately.
 
-    Matrices of equal shape are stacked and orthogonalized together. With several ranks each rank
-    orthogonalizes its part of every stack, and the results are gathered, so that all ranks make the
-    same update. Every rank keeps all momentum buffers, so a checkpoint can be resumed with any
-    world size.
+    Matrices of equal shape are stacked and orthogonalized together. Each rank orthogonalizes its
+    part of every stack, and the results are gathered, so that all ranks make the same update. Every
+    rank keeps all momentum buffers, so a checkpoint can be resumed with any world size.
 
     Arguments:
         blocks: the module whose two-dimensional parameters are optimized.
@@ -951,12 +961,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x):
-    """Orthogonalize matrices x (N, m, n) approximately: singular values end up near 1.
+    """Replace the singular values of matrices x (N, m, n) by values near 1. Returns (N, m, n).
 
-    Five quintic Newton-Schulz iterations, after which nearly all of them are between 0.7 and 1.2.
-    Their coefficients are chosen to raise small singular values quickly rather than to converge
-    exactly (Jordan et al., 2024). On GPUs they run in bfloat16, which is precise enough; most CPUs
-    compute slowly in bfloat16.
+    Runs five Newton-Schulz iterations with a polynomial of degree 5, after which nearly all
+    singular values are between 0.7 and 1.2. The coefficients are chosen to raise small singular
+    values quickly rather than to converge exactly (Jordan et al., 2024). On GPUs the iterations run
+    in bfloat16, which is precise enough; most CPUs are slow in bfloat16.
     """
     if x.device.type == "cuda":
         x = x.bfloat16()
@@ -1013,19 +1023,22 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, device, 
 def clip_gradients(model, optimizers, scaler, grad_clip):
     """Scale all gradients down together if their norm is above grad_clip.
 
-    Returns the norm before, a tensor.
+    Returns the norm before clipping, a scalar tensor. It may be NaN or infinite.
     """
-    # float16 only: divide the gradients by the factor that the loss was multiplied with
+    # float16 only: divide the gradients by the factor by which the loss was multiplied
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     return nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
 
 
 def update_parameters(optimizers, scaler, lr, norm):
-    """Let the optimizers make one step with learning rate lr."""
-    # If a gradient overflowed in float16, no parameter moves, and the scaler halves its factor.
-    # scaler.step alone would skip one optimizer and not the other. Reading the norm waits for the
-    # device; other dtypes do not wait.
+    """Set the learning rate lr and run one step of each optimizer.
+
+    norm is the gradient norm from clip_gradients.
+    """
+    # float16 only: if a gradient overflowed, skip the step of all optimizers, and scaler.update()
+    # halves its factor. scaler.step checks each optimizer by itself, so it could skip AdamW and not
+    # Muon. Reading the norm makes the CPU wait for the GPU, which other dtypes avoid.
     skip = scaler.is_enabled() and not math.isfinite(norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -1038,11 +1051,12 @@ def update_parameters(optimizers, scaler, lr, norm):
 # ----------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(model, raw_model, dataset, val_tokens, batch_size, rank, world_size, device, autocast, stop):
-    """Return the mean loss in nats over the first val_tokens of a split. All ranks share the work.
+    """Return the mean loss in nats per token over the first val_tokens tokens of a split.
 
-    The windows do not depend on the world size. model may be compiled: it gets full batches only,
-    because it would be compiled again for another size; raw_model takes a smaller last batch. If a
-    stop is requested meanwhile, the result is incomplete: discard it.
+    All ranks share the work and return the same value, over the same windows for any world size.
+    model may be compiled. It gets batches of batch_size windows only, because another size would
+    compile it again; raw_model, the same model uncompiled, takes a smaller last batch. If stop has
+    a reason afterwards, on any rank, the result is incomplete and must be discarded.
     """
     raw_model.eval()
     dataset.check_open_shards()
@@ -1065,14 +1079,15 @@ def evaluate(model, raw_model, dataset, val_tokens, batch_size, rank, world_size
 
 
 def load_hellaswag(path, block_size):
-    """Return the arrays that hellaswag.py --prepare wrote, a dict.
+    """Load the arrays that hellaswag.py --prepare wrote. Returns a dict with N examples.
 
-    Raises ValueError with the reason.
+    tokens (N, 4, T): the context and each of the four endings, padded with zeros.
+    context_length (N,): number of tokens in the context.
+    length (N, 4): number of tokens in the context and the ending together.
+    label (N,): number of the correct ending.
 
-    tokens (N, 4, T): context and ending of each of the four choices, filled up with zeros.
-    context_length (N,) and length (N, 4): number of tokens of the context, and of context and
-    ending. label (N,): number of the correct ending. The examples are sorted by length, so that
-    batches need little padding.
+    The examples are sorted by length, so that batches need little padding. Raises ValueError if the
+    file is missing or damaged, or if an example is longer than block_size.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path} is missing: create it with python hellaswag.py --prepare")
@@ -1088,7 +1103,7 @@ def load_hellaswag(path, block_size):
         raise ValueError(f"{path} is damaged ({error}): create it with hellaswag.py --prepare") from None
     longest = data["length"].max()
     if longest > block_size:
-        raise ValueError(f"its longest example has {longest} tokens, but --block_size is {block_size}")
+        raise ValueError(f"the longest example of {path} has {longest} tokens, but --block_size is {block_size}")
     return data
 
 
@@ -1144,10 +1159,11 @@ def evaluate_hellaswag(model, data, micro_batch_size, rank, world_size, device, 
 
 
 def generate_samples(model, enc, args, device, autocast, rank, val_loss):
-    """Return two continuations of args.prompt as printable text.
+    """Return a list of two continuations of args.prompt as printable text.
 
-    Returns no samples on ranks other than 0, without a tokenizer, or if val_loss is not finite.
-    Uses its own random generator, so sampling does not affect training.
+    The list is empty on ranks other than 0, without a tokenizer, and if val_loss is not finite:
+    sampling from probabilities that are NaN is an error. Uses its own random generator, so sampling
+    does not affect training. Leaves the model in eval mode.
     """
     if enc is None or rank != 0 or not math.isfinite(val_loss):
         return []
@@ -1167,10 +1183,10 @@ def generate_samples(model, enc, args, device, autocast, rank, val_loss):
 
 
 # -------------------------------------------------------------------------------- run directory
-# A resumed run must have the same data and the same values of these flags (exceptions:
-# check_same_settings). --dtype, --micro_batch_size, --device, --compile and the number of processes
-# may change. They change the result by rounding only, and with --dropout by other dropout masks.
-# All other flags do not affect the weights.
+# A resumed run must have the same data and the same values of these flags. check_same_settings
+# makes two exceptions. --dtype, --micro_batch_size, --device, --compile and the number of processes
+# may change: they change the result by rounding only, and with --dropout by other dropout masks.
+# --init_from matters only when a run starts. No other flag affects the weights.
 RESULT_FLAGS = (
     "seed",
     "shuffle",
@@ -1206,7 +1222,7 @@ class RunDirectory:
         self.lock = None
         self.log_file = None  # open on rank 0 only
         self.saved_step = None  # the last saved step, or the first step of this run
-        self.tokenizer_files = {}  # {name: content} that checkpoints contain besides the model
+        self.tokenizer_files = {}  # file name -> content (bytes), copied into each checkpoint
 
     def acquire(self):
         """Lock the directory until this process ends, and check that it can be written to.
@@ -1251,15 +1267,16 @@ class RunDirectory:
         return [f"{self.path}/{name}" for name in sorted(names, key=step_of)]
 
     def set_aside_after(self, step):
-        """Rename the checkpoints after this step to former_step_NNNNNN: the run goes back.
+        """Rename the checkpoints after this step to former_step_NNNNNN.
 
-        To resume one of them, rename it back.
+        Called if the run returns to an earlier checkpoint. To resume one of them, rename it back.
+        open_log drops the log's lines after that step.
         """
         for path in self.checkpoints():
             if step_of(path) > step:
                 former = f"{self.path}/former_{os.path.basename(path)}"
                 number = 1
-                while os.path.exists(former):  # nothing that was set aside before is lost
+                while os.path.exists(former):  # do not overwrite what was set aside before
                     number += 1
                     former = f"{self.path}/former_{os.path.basename(path)}_{number}"
                 os.replace(path, former)
@@ -1442,11 +1459,16 @@ def choose_checkpoint(run_directory, args):
         if not os.path.isdir(args.resume):
             raise UserError(f"--resume {args.resume} is not a directory: pass a checkpoint, log/step_NNNNNN")
         path = os.path.realpath(find_pretrained(args.resume))
+        if not re.fullmatch(r"step_\d+", os.path.basename(path)):
+            raise UserError(
+                f"--resume {args.resume} is not named step_NNNNNN: pass a checkpoint (rename former_step_NNNNNN to "
+                "step_NNNNNN first)"
+            )
         is_other_run = os.path.dirname(path) != os.path.realpath(args.log_dir)
         if has_run and is_other_run and restart_count() == 0:
             raise UserError(
-                f"--log_dir {args.log_dir} already contains another run than --resume {args.resume}: choose "
-                "another --log_dir"
+                f"--log_dir {args.log_dir} already contains a run, and --resume {args.resume} belongs to another one: "
+                "choose another --log_dir"
             )
         candidates = [path]
     # take the first one that is undamaged
@@ -1460,8 +1482,8 @@ def choose_checkpoint(run_directory, args):
         damages.append(f"{path} is damaged ({damage})")
     if damages:
         raise UserError(
-            f"{damages[0]}, and there is no earlier checkpoint to try: choose another checkpoint, or choose another "
-            "--log_dir to start over, from intact weights with --init_from"
+            f"{'; '.join(damages)}: pass an undamaged checkpoint with --resume DIR, or start a new run in another "
+            "--log_dir"
         )
     return None
 
@@ -1472,10 +1494,11 @@ def restart_count():
 
 
 def goes_back(args, checkpoints):
-    """Return whether --resume names one checkpoint to go back to.
+    """Return whether to go back to the one checkpoint that --resume names.
 
-    A process that torchrun or Slurm restarted has gone back already. It continues from the newest
-    checkpoint, if there is one.
+    False without DIR, and if DIR is --log_dir itself: then the newest checkpoint is used. Also
+    False if torchrun or Slurm has restarted this command and --log_dir has a checkpoint: the first
+    start has gone back already, and the progress since then must not be lost.
     """
     if args.resume in (None, "newest") or os.path.realpath(args.resume) == os.path.realpath(args.log_dir):
         return False
@@ -1522,18 +1545,20 @@ def load_trainer_state(path):
             "version, or start a new run from its weights with --init_from"
         )
     if type(trainer_state.get("step")) is not int or trainer_state["step"] != step_of(path):
-        raise ValueError(f"trainer.pt is of step {trainer_state.get('step')!r}")
+        raise ValueError(f"trainer.pt belongs to step {trainer_state.get('step')!r}, not to the step of its directory")
     if trainer_state["step"] > trainer_state["args"]["max_steps"]:
-        raise ValueError(f"trainer.pt is of step {trainer_state['step']}, which its run does not have")
+        raise ValueError(
+            f"trainer.pt belongs to step {trainer_state['step']}, which is later than the last step of its run"
+        )
     # flags are plain values, and the state of a gradient scaler is empty or consists of numbers
     for name, value in trainer_state["args"].items():
         if not isinstance(value, (str, int, float, type(None))):
-            raise ValueError(f"trainer.pt has a {type(value).__name__} as --{name}")
+            raise ValueError(f"trainer.pt contains --{name} with a wrong type, {type(value).__name__}")
     scaler = trainer_state["scaler"]
     if scaler != {} and scaler.keys() != torch.amp.GradScaler("cpu").state_dict().keys():
-        raise ValueError("trainer.pt contains another gradient scaler")
+        raise ValueError("trainer.pt contains an invalid state of the gradient scaler")
     if not all(isinstance(value, (int, float)) for value in scaler.values()):
-        raise ValueError("trainer.pt contains another gradient scaler")
+        raise ValueError("trainer.pt contains an invalid state of the gradient scaler")
     return trainer_state
 
 
@@ -1558,7 +1583,9 @@ def load_optimizers(model, trainer_state, device, rank, world_size):
         for group in optimizer.param_groups:
             parameters += group["params"]
         expected = OPTIMIZER_STATE[type(optimizer).__name__]
-        if sorted(saved["state"]) not in ([], list(range(len(parameters)))):
+        # the state is empty if float16 has skipped all steps so far
+        numbers = sorted(saved["state"])
+        if numbers and numbers != list(range(len(parameters))):
             raise ValueError("trainer.pt does not contain the optimizer state of all parameters")
         for number, tensors in saved["state"].items():
             if set(tensors) != expected:
@@ -1568,8 +1595,8 @@ def load_optimizers(model, trainer_state, device, rank, world_size):
                 is_dense = tensor.layout == torch.strided and tensor.is_contiguous()
                 if tensor.shape != shape or tensor.dtype != torch.float32 or not is_dense:
                     raise ValueError(f"{name} of the optimizer state has shape {tuple(tensor.shape)}, {tensor.dtype}")
-        # The settings of the groups (betas, weight decay, ...) are those of this program and its
-        # flags.
+        # Take the saved state only. The settings of the groups (betas, weight decay, ...) come from
+        # this program and its flags.
         optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     return optimizers
 
@@ -1664,8 +1691,8 @@ GPT2 = {
 GPT2_MEDIUM = {**GPT2, "n_layer": 24, "n_head": 16, "n_embd": 1024, "learning_rate": 3e-4}
 GPT2_LARGE = {**GPT2, "n_layer": 36, "n_head": 20, "n_embd": 1280, "learning_rate": 2.5e-4}
 GPT2_XL = {**GPT2, "n_layer": 48, "n_head": 25, "n_embd": 1600, "learning_rate": 2e-4}
-# Muon with half the tokens. Tuned on small models only, untested at this size
-# (docs/performance.md).
+# Muon, with half of the tokens. This recipe was tuned on small models only and has not been tried
+# at this size (docs/performance.md).
 GPT2_FAST = {
     **GPT2,
     "max_steps": 9537,
@@ -1727,8 +1754,8 @@ def report_error(message):
 
 
 def fail(message):
-    """Report a user error that occurs on every rank, and exit with status 2. Only rank 0 prints it."""
-    if os.environ.get("RANK", "0") == "0":
+    """Report a user error and exit with status 2. Only the first rank of each machine prints it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         report_error(message)
     sys.exit(2)
 
@@ -1742,11 +1769,16 @@ def parse_args():
     """Parse the command line, with defaults from --preset. Exits on invalid values."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}: see --help")
-    preset = "(default: from --preset)"
+    from_preset = "(default: from --preset)"
 
     group = parser.add_argument_group("data")
-    group.add_argument("--preset", choices=list(PRESETS), default="gpt2", help="sets many defaults (default: gpt2)")
-    group.add_argument("--data_dir", help=f"directory of token shards {preset}")
+    group.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default="gpt2",
+        help="model size and recipe: the values of the flags that are not given (default: gpt2)",
+    )
+    group.add_argument("--data_dir", help=f"directory of token shards {from_preset}")
     group.add_argument(
         "--shuffle",
         action=argparse.BooleanOptionalAction,
@@ -1756,55 +1788,55 @@ def parse_args():
     group.add_argument("--seed", type=int, default=1337, help="random seed (default: 1337)")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--n_layer", type=int, help=f"number of blocks {preset}")
-    group.add_argument("--n_head", type=int, help=f"attention heads per block {preset}")
-    group.add_argument("--n_embd", type=int, help=f"channels, a multiple of n_head {preset}")
-    group.add_argument("--block_size", type=int, help=f"context length in tokens {preset}")
+    group.add_argument("--n_layer", type=int, help=f"number of blocks {from_preset}")
+    group.add_argument("--n_head", type=int, help=f"attention heads per block {from_preset}")
+    group.add_argument("--n_embd", type=int, help=f"channels, a multiple of n_head {from_preset}")
+    group.add_argument("--block_size", type=int, help=f"context length in tokens {from_preset}")
     group.add_argument(
         "--init_from",
         metavar="MODEL",
-        help="fine-tune: start from a checkpoint, a run directory or a GPT-2 of the Hugging Face Hub,\n"
+        help="fine-tune: start from a checkpoint, a run directory or a GPT-2 on the Hugging Face Hub,\n"
         "which also sets the model size (default: random weights)",
     )
     group.add_argument("--dropout", type=float, default=0.0, help="dropout probability (default: 0.0)")
 
     group = parser.add_argument_group("optimization")
-    group.add_argument("--total_batch_size", type=int, help=f"tokens per step, over all processes {preset}")
+    group.add_argument("--total_batch_size", type=int, help=f"tokens per step, over all processes {from_preset}")
     group.add_argument(
         "--micro_batch_size",
         type=integer_or_auto,
         metavar="N",
         help="sequences per forward pass and process\n(default: auto, as many as fit on a GPU, or a few on a CPU)",
     )
-    group.add_argument("--max_steps", type=int, help=f"training steps {preset}")
+    group.add_argument("--max_steps", type=int, help=f"training steps {from_preset}")
     group.add_argument(
         "--optimizer",
         choices=["adamw", "muon"],
-        help=f"adamw, or muon for the blocks' matrices and adamw for the rest {preset}",
+        help=f"adamw, or muon for the blocks' matrices and adamw for the rest {from_preset}",
     )
-    group.add_argument("--learning_rate", type=float, help=f"peak learning rate {preset}")
+    group.add_argument("--learning_rate", type=float, help=f"peak learning rate {from_preset}")
     group.add_argument(
         "--schedule",
         choices=list(SCHEDULES),
-        help=f"learning rate: cosine decay to 10 %%, or constant, then linear decay to 0 {preset}",
+        help=f"learning rate: cosine decay to 10 %%, or constant, then linear decay to 0 {from_preset}",
     )
-    group.add_argument("--warmup_steps", type=int, help=f"steps of linear warmup {preset}")
+    group.add_argument("--warmup_steps", type=int, help=f"steps of linear warmup {from_preset}")
     group.add_argument(
         "--weight_decay", type=float, default=0.1, help="weight decay of matrices and embeddings (default: 0.1)"
     )
     group.add_argument("--grad_clip", type=float, default=1.0, help="clip the gradient norm to this (default: 1.0)")
 
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval_interval", type=int, help=f"steps between validations and samples {preset}")
-    group.add_argument("--val_tokens", type=int, help=f"tokens per validation, at most the whole split {preset}")
-    group.add_argument("--hellaswag_interval", type=int, help=f"steps between HellaSwag scores; 0: never {preset}")
-    group.add_argument("--prompt", help=f"text that the two samples continue {preset}")
-    group.add_argument("--max_new_tokens", type=int, help=f"tokens per sample {preset}")
+    group.add_argument("--eval_interval", type=int, help=f"steps between validations and samples {from_preset}")
+    group.add_argument("--val_tokens", type=int, help=f"tokens per validation, at most the whole split {from_preset}")
+    group.add_argument("--hellaswag_interval", type=int, help=f"steps between HellaSwag scores; 0: never {from_preset}")
+    group.add_argument("--prompt", help=f"text that the two samples continue {from_preset}")
+    group.add_argument("--max_new_tokens", type=int, help=f"tokens per sample {from_preset}")
 
     group = parser.add_argument_group("system")
     group.add_argument("--log_dir", default="log", help="directory of the log and the checkpoints (default: log)")
-    group.add_argument("--log_interval", type=int, help=f"steps between lines on the screen {preset}")
-    group.add_argument("--checkpoint_interval", type=int, help=f"steps between checkpoints {preset}")
+    group.add_argument("--log_interval", type=int, help=f"steps between lines on the screen {from_preset}")
+    group.add_argument("--checkpoint_interval", type=int, help=f"steps between checkpoints {from_preset}")
     group.add_argument(
         "--keep_checkpoints", type=int, default=3, help="number of checkpoints to keep; 0: all (default: 3)"
     )
@@ -1813,14 +1845,21 @@ def parse_args():
         nargs="?",
         const="newest",
         metavar="DIR",
-        help="continue from the checkpoint DIR, or, without DIR, from the newest one in --log_dir, or start from\n"
-        "scratch if there is none; the data and the flags that change the result must be the same as before",
+        help="continue a run. Without DIR: from the newest checkpoint in --log_dir, or from scratch if it has\n"
+        "none. With DIR: from the checkpoint DIR; later checkpoints in --log_dir are renamed to\n"
+        "former_step_NNNNNN, and later lines of log.txt are deleted. The data and the flags that change the\n"
+        "result must be the same as before (default: start a new run)",
     )
     group.add_argument(
-        "--max_hours", type=float, help="save and stop after this many hours of training (default: no limit)"
+        "--max_hours",
+        type=float,
+        help="save and stop after this many hours, counted from the end of the start-up (default: no limit)",
     )
     group.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto, a GPU if there is one)"
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:1, mps, ...; under torchrun each process takes a GPU of its own\n"
+        "(default: auto, a GPU if there is one)",
     )
     group.add_argument(
         "--dtype",
@@ -1832,11 +1871,12 @@ def parse_args():
         "--compile", action=argparse.BooleanOptionalAction, help="use torch.compile (default: on GPUs only)"
     )
     args = parser.parse_args()
-    return check_args(args)
+    resolve_args(args)
+    return args
 
 
-def check_args(args):
-    """Return the flags with the preset's values where none is given. Exits on invalid values."""
+def resolve_args(args):
+    """Set the flags that were not given to the preset's values. Exits if a value is invalid."""
     # --init_from sets the model size
     for name in SHAPE_FLAGS:
         if args.init_from and getattr(args, name):
@@ -1865,7 +1905,6 @@ def check_args(args):
         fail(f"--dropout is {args.dropout}: it must be below 1")
     # command-line arguments may contain bytes that are not UTF-8
     args.prompt = args.prompt.encode(errors="surrogateescape").decode(errors="replace")
-    return args
 
 
 # ---------------------------------------------------------------------------------------- setup
@@ -1946,14 +1985,17 @@ def init_distributed(device_name):
         device = pick_device(device_name)
     if device.type not in ("cpu", "cuda"):
         fail(f"--device {device.type} cannot be shared by {world_size} processes: start one, or use --device cpu")
+    # The processes find each other through a key-value store in torchrun. After a restart on one
+    # machine, it still holds the addresses of the dead processes, which a prefix hides. On several
+    # machines, an environment variable does (docs/reliability.md).
     store = None
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # After a restart, torchrun's store still holds the addresses of the dead processes. A
-        # prefix hides them.
+    is_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if is_one_machine:
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    # The long timeout is for checkpoints: the other ranks wait while rank 0 saves one, which takes
-    # minutes for a large model on a slow disk.
+    # The other ranks wait while rank 0 saves a checkpoint, which takes minutes for a large model on
+    # a slow disk. The price of the long timeout: if a rank hangs without crashing, the others
+    # notice it after an hour.
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=1))
     return rank, world_size, device
@@ -1991,10 +2033,15 @@ def any_rank(condition, device, world_size):
 
 
 def open_run_directory(run_directory, args):
-    """Lock the run directory and return the checkpoint to resume from, or None. Called on rank 0."""
+    """Lock the run directory and return the checkpoint to resume from, or None. Called on rank 0.
+
+    Sets later checkpoints aside if --resume goes back to an earlier one. Raises UserError.
+    """
     run_directory.acquire()
     checkpoint = choose_checkpoint(run_directory, args)
     if checkpoint and goes_back(args, run_directory.checkpoints()):
+        # check the flags before renaming: a refused command must not change the directory
+        check_same_settings(checkpoint, load_trainer_state(checkpoint), args)
         run_directory.set_aside_after(step_of(checkpoint))
     return checkpoint
 
@@ -2074,10 +2121,8 @@ def init_precision(args, trainer_state, device):
 def init_model(args, data_set, checkpoint, device):
     """Return (model, trainer state): from the checkpoint, from --init_from, or new.
 
-    Also sets args.data and, if the model comes from a file, the flags of its shape. Raises
-    UserError.
+    Also sets the flags of the model's shape if the model comes from a file. Raises UserError.
     """
-    args.data = data_set["fingerprint"]
     source = checkpoint or args.init_from
     # a new model with random weights
     if source is None:
@@ -2124,13 +2169,13 @@ def init_optimizers(model, trainer_state, scaler, args, device, rank, world_size
 
 
 def set_micro_batch_size(model, trainer_state, args, device, autocast, world_size):
-    """Set args.micro_batch_size if it is not given.
+    """Set args.micro_batch_size if it is None, and return grad_accum_steps, the micro-steps per step.
 
-    Returns grad_accum_steps, the number of micro-steps per step.
+    Raises UserError if not even one sequence fits on the GPU.
     """
     num_windows = args.total_batch_size // args.block_size // world_size  # per step and rank
     if args.micro_batch_size is None and device.type == "cuda":
-        limit = math.gcd(num_windows, 64)  # a power of two; larger ones are not faster
+        limit = math.gcd(num_windows, 64)  # the largest power of two, up to 64, that divides num_windows
         size = find_micro_batch_size(model, limit, device, autocast, trainer_state is not None)
         size = torch.tensor(size, device=device)
         if world_size > 1:
@@ -2148,10 +2193,11 @@ def set_micro_batch_size(model, trainer_state, args, device, autocast, world_siz
 
 
 def find_micro_batch_size(model, limit, device, autocast, has_optimizer_state):
-    """Return the largest power of two of sequences, at most limit, that fits on the GPU, or 0.
+    """Return how many sequences fit into a micro-batch on the GPU: a power of two up to limit.
 
-    It leaves 10% of the memory free. Each trial runs forward and backward. Memory that other
-    programs use does not count as available.
+    Returns 0 if not even one fits. Each trial runs the forward and the backward pass of the
+    uncompiled model. 10% of the available memory stays free. Memory that other programs use does
+    not count as available.
     """
     # A new run allocates AdamW's two float32 averages in its first step, 8 bytes per parameter. A
     # resumed run has them already.
@@ -2204,9 +2250,11 @@ def wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps):
         if error:
             args.compile = False
             note = f"no torch.compile: {error}"
-    eval_model = torch.compile(raw_model) if args.compile else raw_model
+    compiled_model = raw_model
+    if args.compile:
+        compiled_model = torch.compile(raw_model)
     if world_size == 1:
-        return eval_model, eval_model, note
+        return compiled_model, compiled_model, note
     # DistributedDataParallel (DDP) averages the gradients over the ranks during the backward pass
     ddp_options = {
         "broadcast_buffers": False,  # the only buffer is constant
@@ -2216,13 +2264,13 @@ def wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps):
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     if args.compile and grad_accum_steps == 1:
         # torch.compile around DDP splits the backward pass at DDP's buckets, so that the all-reduce
-        # of one part overlaps with the computation of the next. The parts run slower than one graph
-        # does: that pays off only if every backward pass communicates.
+        # of one part overlaps with the computation of the next. The parts together run slower than
+        # one graph, so this is worthwhile only if every backward pass communicates.
         model = torch.compile(DDP(raw_model, **ddp_options))
     else:
-        model = DDP(eval_model, **ddp_options)
+        model = DDP(compiled_model, **ddp_options)
     warm_up_ddp(model, raw_model, args, device, autocast)
-    return model, eval_model, note
+    return model, compiled_model, note
 
 
 def warm_up_ddp(model, raw_model, args, device, autocast):
@@ -2243,10 +2291,10 @@ def warm_up_ddp(model, raw_model, args, device, autocast):
 
 
 def average_over_ranks(loss, norm, stop_requested, world_size):
-    """Return (mean loss, mean gradient norm, whether any rank wants to stop) over all ranks.
+    """Return (mean loss, gradient norm, whether any rank wants to stop) over all ranks.
 
-    Reading them is the only time in a step when this process waits for the device, except that
-    float16 also waits in update_parameters.
+    All three share one all-reduce and one copy to the CPU, because each copy makes the CPU wait for
+    the GPU. It is the only wait in a step, except that float16 also waits in update_parameters.
     """
     values = torch.stack((loss, norm, torch.full_like(loss, stop_requested))) / world_size
     if world_size > 1:
@@ -2264,7 +2312,11 @@ def open_tokenizer(name):
 
 
 def attention_backend(device, dtype):
-    """Return the name of the kernel that computes attention, such as "Cudnn" or "Flash"."""
+    """Return the name of the attention kernel that PyTorch chooses, such as "Cudnn" or "Flash".
+
+    Tries it with 128 tokens and heads of 64 channels, without dropout. For other shapes, PyTorch
+    may choose another kernel.
+    """
     q = torch.ones(1, 1, 128, 64, device=device, dtype=DTYPES[dtype], requires_grad=True)
     y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
     # the function of the backward pass is named after the kernel
@@ -2272,8 +2324,10 @@ def attention_backend(device, dtype):
     return match[1] if match else "Math"
 
 
-# Peak FLOP/s of dense matmuls according to NVIDIA's data sheets: (part of the GPU's name, in
-# bfloat16 or float16 with float32 accumulation, in TF32 or, on older GPUs, float32).
+# Peak FLOP/s of dense matmuls according to NVIDIA's data sheets. The columns are:
+# 1) a part of the GPU's name (the first row that fits counts)
+# 2) the peak in bfloat16 or float16, with float32 accumulation
+# 3) the peak in TF32, or in float32 on GPUs without TF32
 PEAK_FLOPS = (
     ("B200", 2250e12, 1125e12),
     ("H200 NVL", 835e12, 417e12),
@@ -2298,7 +2352,7 @@ def peak_flops(device, dtype, world_size):
     if device.type != "cuda":
         return None
     gpu_name = torch.cuda.get_device_name(device)
-    # laptop GPUs, "RTX 4090 D" and "RTX 3090 Ti" are other chips than the cards of the same name
+    # laptop GPUs, the "RTX 4090 D" and the "RTX 3090 Ti" are slower or faster than their names suggest
     if re.search(r"\b(Laptop|Ti|D)\b", gpu_name):
         return None
     for name, peak_16_bit, peak_32_bit in PEAK_FLOPS:
@@ -2322,7 +2376,9 @@ class Reporter:
         self.device = device
         self.num_params = model.num_params
         self.is_silent = rank != 0
-        # floating-point operations per token, forward and backward: 6 per parameter, and attention
+        # FLOPs per token, forward and backward (PaLM, 2022, appendix B): 6 per parameter, and 12 *
+        # n_layer * n_embd * block_size for attention. As usual, the half of attention that the
+        # causal mask makes unnecessary is counted too.
         self.flops_per_token = 6 * model.num_params + 12 * args.n_layer * args.n_embd * args.block_size
         self.peak_flops = peak_flops(device, args.dtype, world_size)
         self.first_step = None
@@ -2337,9 +2393,12 @@ class Reporter:
         if self.is_silent:
             return
         args = self.args
+        device_name = self.device.type
+        if self.device.type == "cuda":
+            device_name = torch.cuda.get_device_name(self.device)
         say(
-            " ".join(f"--{name} {value}" for name, value in vars(args).items()),
-            f"torch {torch.__version__}, {world_size} x {self.device}, {torch.get_num_threads()} CPU threads each",
+            "settings: " + " ".join(f"{name}={value}" for name, value in vars(args).items()),
+            f"torch {torch.__version__}, {world_size} x {device_name}, {torch.get_num_threads()} CPU threads each",
             f"train: {train_data.num_windows:,} windows in {len(train_data.paths)} shards, "
             f"val: {val_data.num_windows:,} windows",
             f"{self.num_params:,} parameters",
@@ -2382,7 +2441,7 @@ class Reporter:
             "tok/s": f"{tokens_per_second:.1f}",
         }
         self.run_directory.log(step, metrics)
-        time_left = self.time_left(step, dt)  # in each step, because it remembers the first one
+        time_left = self.time_left(step, dt)  # call it in every step: it remembers when the first one ended
         if step % self.args.log_interval:
             return
         mfu = ""  # model FLOPs utilization, the fraction of the GPUs' peak that is used
@@ -2394,10 +2453,14 @@ class Reporter:
         )
 
     def time_left(self, step, dt):
-        """Estimate the time to the end of the run from the mean duration of the steps so far."""
+        """Estimate the time to the end of the run from the mean duration of the steps so far.
+
+        Evaluations and checkpoints count. The first step is left out as soon as there is a second
+        one, because it may include compilation. So the first estimate can be far too high.
+        """
         now = time.monotonic()
         seconds_per_step = dt
-        if self.first_step is None:  # it may compile: it does not count
+        if self.first_step is None:
             self.first_step, self.first_step_end = step, now
         else:
             seconds_per_step = (now - self.first_step_end) / (step - self.first_step)
@@ -2405,10 +2468,12 @@ class Reporter:
 
 
 def stop_at_bad_loss(step, loss, norm, loader, grad_accum_steps):
-    """Report a loss or norm that is NaN or infinite, with its data, and exit with status 1.
+    """Report a loss or gradient norm that is NaN or infinite, and exit with status 1.
 
-    loss and norm are this rank's. Nothing of this step is saved: the newest checkpoint is from
-    before it.
+    loss is the loss of this rank, and norm is the gradient norm over all ranks. Rank 0 and every
+    rank with a bad loss print theirs, with their data. Nothing of this step is saved: the newest
+    checkpoint is from before it. torchrun cannot tell this exit from a crash. With --max-restarts,
+    it repeats the steps since that checkpoint, which will usually fail again.
     """
     if loader.rank == 0 or not math.isfinite(loss):
         places = []
@@ -2417,16 +2482,17 @@ def stop_at_bad_loss(step, loss, norm, loader, grad_accum_steps):
                 shard, offset = loader.dataset.locate(index)
                 places.append((loader.dataset.paths[shard], offset))
         report_error(
-            f"step {step}, rank {loader.rank}: loss {loss}, norm {norm} on (shard, offset) {places}: inspect this "
-            "data, or start a new run from the newest checkpoint with --init_from and a lower --learning_rate"
+            f"step {step}, rank {loader.rank}: loss {loss} on (shard, offset) {places}, norm over all ranks {norm}: "
+            "inspect the data of ranks whose loss is not finite, or start a new run from the newest checkpoint with "
+            "--init_from and a lower --learning_rate"
         )
     sys.exit(1)
 
 
 def finish(run_directory, step, stop, stopping, rank, world_size):
-    """Say why the run ends and leave the process group.
+    """Print why the run ends if it was stopped, and leave the process group.
 
-    Exits with status 1 if the last step is not saved.
+    Exits with status 1 if the last step could not be saved.
     """
     if rank == 0 and stopping:
         reason = stop.reason or "a signal to another rank"
@@ -2434,7 +2500,7 @@ def finish(run_directory, step, stop, stopping, rank, world_size):
     if world_size > 1:
         dist.destroy_process_group()
     if rank == 0 and run_directory.saved_step < step:
-        warn(f"the final checkpoint, of step {step}, could not be saved")
+        warn(f"the final checkpoint (step {step}) could not be saved: free some space and continue with --resume")
         sys.exit(1)
 
 
@@ -2442,13 +2508,14 @@ def finish(run_directory, step, stop, stopping, rank, world_size):
 def main():
     """Train: in each step save and evaluate if due, compute gradients, update, and report."""
     args = parse_args()
-    parent = os.getppid()
+    parent = os.getppid()  # torchrun, if there is one: StopRequest watches whether it still runs
     rank, world_size, device = init_distributed(args.device)
     check_batch_size(args, world_size)
 
     # Rank 0 checks the data, locks the run directory and chooses a checkpoint; all ranks use its
     # results.
     data_set = on_rank_0(read_data_set, args.data_dir)
+    args.data = data_set["fingerprint"]  # saved with the flags: a resumed run must have the same data
     train_data = TokenDataset(args.data_dir, "train", data_set, args.block_size, args.seed, args.shuffle)
     val_data = TokenDataset(args.data_dir, "val", data_set, args.block_size, args.seed, shuffle=False)
     hellaswag, hellaswag_note = on_rank_0(open_hellaswag, args, data_set)
@@ -2462,6 +2529,7 @@ def main():
     autocast, scaler, dtype_note = init_precision(args, trainer_state, device)
     optimizers, start_step = init_optimizers(raw_model, trainer_state, scaler, args, device, rank, world_size)
     grad_accum_steps = set_micro_batch_size(raw_model, trainer_state, args, device, autocast, world_size)
+    del trainer_state  # has a copy of the optimizer state in the CPU's memory
     model, eval_model, compile_note = wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps)
 
     # Rank 0 opens the log and prints what is about to run.
@@ -2472,8 +2540,8 @@ def main():
     reporter.header(train_data, val_data, world_size, grad_accum_steps, checkpoint, notes)
     loader = BatchLoader(train_data, args.micro_batch_size, rank, world_size, device)
     stop = StopRequest(args.max_hours, parent)
-    stopping = False  # all ranks stop at the same step
-    in_parallel = (args.micro_batch_size, rank, world_size, device, autocast, stop)
+    stopping = False  # becomes True on all ranks in the same step
+    evaluation_args = (args.micro_batch_size, rank, world_size, device, autocast, stop)  # of both evaluations
 
     x, y = loader.load(start_step * grad_accum_steps)
     for step in range(start_step, args.max_steps + 1):
@@ -2483,19 +2551,20 @@ def main():
         if step % args.checkpoint_interval == 0 or last_step or stopping:
             run_directory.save(step, raw_model, optimizers, scaler, args)
         if not stopping and (step % args.eval_interval == 0 or last_step):
-            train_data.check_open_shards()
-            val_loss = evaluate(eval_model, raw_model, val_data, args.val_tokens, *in_parallel)
+            train_data.check_open_shards()  # now and then, because reading a truncated shard ends the process
+            val_loss = evaluate(eval_model, raw_model, val_data, args.val_tokens, *evaluation_args)
             stopping = any_rank(stop.reason, device, world_size)
-            if not stopping:  # otherwise the resumed run evaluates this step
+            if not stopping:  # otherwise the evaluation is incomplete, and the resumed run repeats it
                 samples = generate_samples(raw_model, enc, args, device, autocast, rank, val_loss)
                 reporter.validation(step, val_loss, samples)
         if hellaswag and not stopping and (step % args.hellaswag_interval == 0 or last_step):
-            accuracy = evaluate_hellaswag(raw_model, hellaswag, *in_parallel)
+            accuracy = evaluate_hellaswag(raw_model, hellaswag, *evaluation_args)
             stopping = any_rank(stop.reason, device, world_size)
             if not stopping:
                 reporter.hellaswag(step, accuracy)
         if last_step or stopping:
-            run_directory.save(step, raw_model, optimizers, scaler, args)  # if the evaluation was stopped
+            # an evaluation may have been stopped at a step that is not saved yet
+            run_directory.save(step, raw_model, optimizers, scaler, args)
             break
 
         # one optimizer step: accumulate the gradients of grad_accum_steps micro-batches
@@ -2530,12 +2599,14 @@ def main():
         # report the step; its loss is the mean over all micro-batches and ranks
         mean_loss, mean_norm, stopping = average_over_ranks(loss, norm, stop.requested(), world_size)
         dt = time.perf_counter() - start
-        if not math.isfinite(mean_loss) or not (math.isfinite(mean_norm) or scaler.is_enabled()):
+        # a gradient may overflow in float16: update_parameters has skipped such a step
+        norm_is_bad = not math.isfinite(mean_norm) and not scaler.is_enabled()
+        if norm_is_bad or not math.isfinite(mean_loss):
             stop_at_bad_loss(step, loss.item(), norm.item(), loader, grad_accum_steps)
         reporter.step(step, mean_loss, lr, mean_norm, dt)
 
-    # DDP keeps a reference to the process group, which finish() destroys. If it is freed later,
-    # gloo can deadlock.
+    # finish() destroys the process group. DDP, which has a reference to it, must be freed before:
+    # otherwise gloo can deadlock.
     del model
     finish(run_directory, step, stop, stopping, rank, world_size)
 
@@ -2552,9 +2623,9 @@ def run_rank():
         status = 0
     except SystemExit as error:
         status = error.code
-    except UserError as error:  # it occurs on every rank
+    except UserError as error:  # it occurs on every rank, or at least on all ranks of a machine
         status = 2
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             report_error(error)
     except DataError as error:  # it may occur on this rank only
         status = 2
@@ -2564,8 +2635,9 @@ def run_rank():
         if is_out_of_memory(error):
             status = 2
             report_error("out of memory: use a smaller --micro_batch_size or model (with --resume to continue)")
+        # NCCL raises DistError, and gloo a RuntimeError that contains its name
         elif rank is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            # Two ranks report it: rank 0 may be the one that has crashed.
+            # Two ranks report it, because rank 0 may be the one that has crashed.
             if rank in ("0", "1"):
                 cause = str(error).partition(". ")[0]
                 report_error(f"rank {rank} lost contact with another rank ({cause}): continue with --resume")

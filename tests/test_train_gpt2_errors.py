@@ -164,8 +164,10 @@ def test_a_device_that_processes_cannot_share_is_refused(byte_shards, monkeypatc
 def test_more_processes_than_gpus_are_refused(device, byte_shards, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in (("RANK", 0), ("LOCAL_RANK", 2), ("WORLD_SIZE", 4), ("MASTER_ADDR", 0), ("MASTER_PORT", 0)):
+    # the first rank of the second machine reports it: the first machine may have enough GPUs
+    for name, value in (("RANK", 4), ("LOCAL_RANK", 0), ("WORLD_SIZE", 8), ("MASTER_ADDR", 0), ("MASTER_PORT", 0)):
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     done = call("train_gpt2", *tiny_flags(device=device), "--data_dir", byte_shards)
     assert_refused(done, "2 GPUs", "--nproc_per_node", "--device cpu")
 
@@ -347,7 +349,7 @@ def test_resuming_from_the_only_checkpoint_is_refused_if_it_is_damaged(
         path.write_bytes(b"")
     flags = [*tiny_flags(max_steps=1), "--resume", "--data_dir", byte_shards, "--log_dir", tmp_path / "log"]
     done = call("train_gpt2", *flags)
-    assert_refused(done, tmp_path / "log" / "step_000001", "damaged", file, "--init_from", "another --log_dir")
+    assert_refused(done, tmp_path / "log" / "step_000001", "damaged", file, "undamaged", "another --log_dir")
 
 
 @pytest.mark.parametrize("target", ["nowhere", "file"])

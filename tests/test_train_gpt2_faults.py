@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import errno
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -469,6 +471,31 @@ def test_a_restarted_return_to_a_checkpoint_continues_from_the_newest_one(
     assert_same_run(log_dir, whole)
 
 
+def test_a_return_that_is_refused_changes_nothing(stopped):
+    data_dir, log_dir = stopped
+    before = names_in(log_dir)
+    done = train(data_dir, log_dir, *EVERY_2, "--resume", log_dir / "step_000002", "--learning_rate", 0.5)
+    assert_user_error(done, "--learning_rate is 0.5")
+    assert names_in(log_dir) == before
+
+
+def test_a_checkpoint_that_was_set_aside_is_not_called_damaged(stopped):
+    data_dir, log_dir = stopped
+    os.rename(log_dir / "step_000004", log_dir / "former_step_000004")
+    done = train(data_dir, log_dir, *EVERY_2, "--resume", log_dir / "former_step_000004")
+    assert_user_error(done, "former_step_000004 is not named step_NNNNNN", "rename")
+    assert "damaged" not in done.stderr
+
+
+def test_a_damaged_checkpoint_to_return_to_is_an_error_although_others_are_intact(stopped):
+    data_dir, log_dir = stopped
+    truncate(log_dir / "step_000002" / "model.safetensors")
+    before = names_in(log_dir)
+    done = train(data_dir, log_dir, *EVERY_2, "--resume", log_dir / "step_000002")
+    assert_user_error(done, "step_000002 is damaged", "--resume DIR")
+    assert names_in(log_dir) == before
+
+
 def test_a_restart_before_the_first_checkpoint_starts_from_the_given_one_again(stopped, tmp_path, whole, monkeypatch):
     """The run continues the checkpoint of another run, in a directory of its own."""
     data_dir, log_dir = stopped
@@ -509,7 +536,7 @@ def test_a_checkpoint_of_another_run_does_not_continue_in_the_directory_of_a_run
     data_dir, log_dir = stopped
     shutil.copytree(log_dir, tmp_path / "other")
     done = train(data_dir, log_dir, *EVERY_2, "--resume", tmp_path / "other" / "step_000002")
-    assert_user_error(done, "already contains another run", log_dir)
+    assert_user_error(done, "already contains a run", "belongs to another one", log_dir)
     assert names_in(log_dir, "step") == ["step_000002", "step_000004"]
 
 
@@ -549,6 +576,10 @@ def test_a_nan_loss_on_one_of_two_ranks_stops_both(byte_shards, tmp_path):
     results = Ranks(2, byte_shards, tmp_path / "log", *flags, prepare=prepare).wait()
     assert [done.returncode for done in results] == [1, 1], results
     assert "step 3, rank 1: loss nan" in results[1].stderr
+    # rank 0 does not blame its own data
+    own_loss = re.search(r"step 3, rank 0: loss (\S+) on", results[0].stderr)[1]
+    assert math.isfinite(float(own_loss))
+    assert "norm over all ranks nan" in results[0].stderr
     assert "Traceback" not in results[0].stderr + results[1].stderr
     assert names_in(tmp_path / "log") == ["lock", "log.txt", "run.json", "step_000002"]
     assert max(losses(tmp_path / "log")) == 2
@@ -1110,7 +1141,7 @@ def test_a_disk_that_stays_full_ends_with_status_1_and_the_last_good_checkpoint(
     prepare = at_step(3, lambda rank: fill_disk(small_disk, 150_000))
     done = train(byte_shards, log_dir, *EVERY_2, prepare=prepare)
     assert done.returncode == 1
-    assert "the final checkpoint, of step 5, could not be saved" in done.stderr.splitlines()[-1]
+    assert "the final checkpoint (step 5) could not be saved" in done.stderr.splitlines()[-1]
     assert names_in(log_dir) == ["lock", "log.txt", "run.json", "step_000002"]
     empty_disk(small_disk)
     assert_success(train(byte_shards, log_dir, *EVERY_2, "--resume"))

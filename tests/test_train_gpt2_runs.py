@@ -194,10 +194,10 @@ def test_header_shows_all_settings(one_run, byte_shards):
     train_windows = len(windows_of(byte_shards, "train"))
     val_windows = len(windows_of(byte_shards, "val"))
     for needle in (
-        "--n_layer 2",
-        "--weight_decay 0.1",
-        "--dtype float32",
-        "--compile False",
+        "n_layer=2",
+        "weight_decay=0.1",
+        "dtype=float32",
+        "compile=False",
         f"torch {torch.__version__}, 1 x cpu, {torch.get_num_threads()} CPU threads each",
         f"train: {train_windows:,} windows in 1 shards, val: {val_windows:,} windows",
         f"{parameters:,} parameters",
@@ -516,7 +516,7 @@ def test_run_compiles_one_graph_each_for_training_and_validation(same_steps, byt
     """25 windows of validation data are three batches of 8, and one of 1, which is not compiled."""
     flags = [*tiny_flags(eval_interval=1), *paths(byte_shards, tmp_path / "log")]
     stdout, counter = compile_and_count(monkeypatch, *flags)
-    assert "--compile True" in stdout
+    assert "compile=True" in stdout
     assert counter.compiled == ["function", "GPT"]  # compile_error() compiles the function
     assert counter.graphs == 3
     assert len(losses(tmp_path / "log", "val")) == 6
@@ -534,7 +534,7 @@ def test_training_continues_without_a_compiler_and_says_so_once(byte_shards, tmp
     done = run("train_gpt2", *flags, env=environment)
     assert done.returncode == 0, done.stderr
     (line,) = lines_with("no torch.compile", done.stdout)
-    assert "no-such-compiler" in line and "--compile False" in done.stdout
+    assert "no-such-compiler" in line and "compile=False" in done.stdout
     assert len(losses(tmp_path / "log")) == 5
 
 
@@ -620,7 +620,7 @@ def test_resumed_bfloat16_run_keeps_its_dtype_and_ends_with_the_same_bytes(hundr
     shutil.copytree(hundred_steps["bfloat16"], tmp_path / "log")
     remove_checkpoint(tmp_path / "log", 100)
     done = train(byte_shards, tmp_path / "log", "--resume", **HUNDRED_STEPS)
-    assert "--dtype bfloat16" in done.stdout and "resuming at step 50" in done.stdout
+    assert "dtype=bfloat16" in done.stdout and "resuming at step 50" in done.stdout
     assert "dtype bfloat16: the run was started with it" in done.stdout.splitlines()
     assert weights(tmp_path / "log", 100) == weights(hundred_steps["bfloat16"], 100)
     assert reproducible(tmp_path / "log") == reproducible(hundred_steps["bfloat16"])
@@ -713,7 +713,7 @@ def test_default_dtype_of_a_cpu_depends_on_its_matmuls(monkeypatch, capabilities
 def test_run_without_dtype_uses_the_default_for_its_width(byte_shards, tmp_path, monkeypatch, n_embd, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     done = train(byte_shards, tmp_path / "log", n_layer=1, n_embd=n_embd, max_steps=1)
-    assert f"--dtype {expected}" in done.stdout
+    assert f"dtype={expected}" in done.stdout
     assert trainer_state(tmp_path / "log", 1)["args"]["dtype"] == expected
 
 
