@@ -3,14 +3,14 @@ Lesson 2: a character-level GPT. The model is new. The training loop is that of 
 learning rate schedule and gradient clipping, and it keeps the best weights.
 
     python gpt.py                                   # "full" on a GPU, else "cpu" (2 minutes)
-    python gpt.py --preset full --save model.pt     # 10.8M parameters, 5,000 steps
+    python gpt.py --preset full --save model.pt     # 10.8M parameters, 2,000 steps
     python gpt.py --load model.pt --prompt "What "  # sample from a saved model without training
 
 Reads input.txt, trains on its first 90%, and prints the loss on the training and the validation
 part. Then it prints a sample of the model with the lowest validation loss. Writes that model to a
 file if --save is given, and nothing otherwise. With the preset "cpu", the validation loss reaches
-1.66 nats per character on input.txt, and 1.76 on Tiny Shakespeare. The preset "full" has not been
-measured yet.
+1.66 nats per character on input.txt, and 1.76 on Tiny Shakespeare. With the preset "full", it
+reaches 1.48 on Tiny Shakespeare after 1,500 steps; then the model begins to memorize its text.
 
 Sections: data, model, evaluation, optimizer, saving and loading, training loop, command line.
 """
@@ -39,7 +39,7 @@ PRESETS = {
         "n_embd": 384,
         "dropout": 0.2,
         "batch_size": 64,  # sequences per step
-        "max_steps": 5000,
+        "max_steps": 2000,
         "learning_rate": 1e-3,
     },
     "cpu": {  # 0.8M parameters, two minutes on two CPU cores
