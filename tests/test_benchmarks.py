@@ -140,7 +140,9 @@ def test_run_all_measures_each_task_in_each_dtype(device, dtypes, monkeypatch, t
     expected = []
     for name in ("step", "sample", "hellaswag"):
         expected += [(name, dtype) for dtype in dtypes]
-    assert [(name, flags[-1]) for name, flags in commands] == [*expected, ("fineweb", "a.parquet")]
+    names_and_dtypes = [(name, flags[flags.index("--dtype") + 1]) for name, flags in commands[:-1]]
+    assert names_and_dtypes == expected
+    assert commands[-1] == ("fineweb", ["--source", "a.parquet"])
 
 
 # ----------------------------------------------------------------------------------- bench_step

@@ -555,7 +555,7 @@ def test_a_finished_shard_that_is_lost_or_shortened_is_noticed_when_the_run_cont
     else:
         os.truncate(shard, 5000)
     error = error_of(*flags)
-    assert shard.name in error and "missing or truncated" in error
+    assert shard.name in error and "missing or damaged" in error
     assert not (directory / "meta.json").exists()
 
 
@@ -1097,10 +1097,14 @@ def test_a_download_that_hangs_does_not_keep_a_failed_run_alive(hub, data, tmp_p
     middle = len(content) * 2 // 3  # far enough for the download of the next file to begin
     hub.files["sample/10BT/000.parquet"] = content[:middle] + bytes(5000) + content[middle + 5000 :]
     hub.hangs = lambda request: "001" in request.path
-    started = time.perf_counter()
-    assert "000.parquet" in run_with_hub(hub, tmp_path / "out", code=2)
-    assert any("001.parquet" in path for _, path in hub.log)
-    assert time.perf_counter() - started < 20
+    # on a busy machine, a run may fail before its other thread has asked for the next file
+    for attempt in range(5):
+        started = time.perf_counter()
+        assert "000.parquet" in run_with_hub(hub, tmp_path / f"out{attempt}", code=2)
+        assert time.perf_counter() - started < 20
+        if any("001.parquet" in path for _, path in hub.log):
+            return
+    pytest.fail("no run asked for the next file")
 
 
 def test_at_most_two_parquet_files_are_on_the_disk(hub, tmp_path):
