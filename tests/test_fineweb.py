@@ -640,6 +640,7 @@ def test_local_files_may_have_any_name(tmp_path):
     assert "already contains" in run(*flags)
 
 
+@has_gpt2
 @posix
 def test_named_pipes_in_place_of_files_do_not_hang(data, tmp_path):
     flags = ["--tokenizer", "bytes", "--local_dir", tmp_path]
