@@ -14,8 +14,7 @@ The prompt and its continuation are printed token by token. Without --prompt, th
 prompts if it runs on a terminal, and starts a new document otherwise. On the same machine, the same
 flags produce the same text every time. The model is read from a directory or the Hugging Face Hub.
 No file is written, except for the Hub's downloads. Expect about 30 tokens per second from GPT-2
-124M on two CPU cores. On CPUs with bfloat16 instructions, --dtype bfloat16 is about 1.5 times as
-fast.
+124M on two CPU cores. On CPUs with bfloat16 instructions, --dtype bfloat16 is about twice as fast.
 
 Sections: sampling, text, model, loading, command line.
 """

@@ -2352,7 +2352,8 @@ def peak_flops(device, dtype, world_size):
     if device.type != "cuda":
         return None
     gpu_name = torch.cuda.get_device_name(device)
-    # laptop GPUs, the "RTX 4090 D" and the "RTX 3090 Ti" are slower or faster than their names suggest
+    # Laptop GPUs, the "RTX 4090 D" and the "RTX 3090 Ti" have the names of other GPUs in theirs, and
+    # other peaks.
     if re.search(r"\b(Laptop|Ti|D)\b", gpu_name):
         return None
     for name, peak_16_bit, peak_32_bit in PEAK_FLOPS:
@@ -2551,7 +2552,7 @@ def main():
         if step % args.checkpoint_interval == 0 or last_step or stopping:
             run_directory.save(step, raw_model, optimizers, scaler, args)
         if not stopping and (step % args.eval_interval == 0 or last_step):
-            train_data.check_open_shards()  # now and then, because reading a truncated shard ends the process
+            train_data.check_open_shards()  # now and then: reading a truncated shard would kill the process
             val_loss = evaluate(eval_model, raw_model, val_data, args.val_tokens, *evaluation_args)
             stopping = any_rank(stop.reason, device, world_size)
             if not stopping:  # otherwise the evaluation is incomplete, and the resumed run repeats it
@@ -2605,8 +2606,8 @@ def main():
             stop_at_bad_loss(step, loss.item(), norm.item(), loader, grad_accum_steps)
         reporter.step(step, mean_loss, lr, mean_norm, dt)
 
-    # finish() destroys the process group. DDP, which has a reference to it, must be freed before:
-    # otherwise gloo can deadlock.
+    # Free DDP, which has a reference to the process group, before finish() destroys the group.
+    # Otherwise gloo can deadlock.
     del model
     finish(run_directory, step, stop, stopping, rank, world_size)
 
