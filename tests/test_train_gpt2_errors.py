@@ -44,7 +44,7 @@ def test_a_mistake_under_torchrun_is_reported_once(tmp_path):
     done = torchrun(2, "train_gpt2", "--data_dir", "nowhere", "--device", "cpu", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("error: --data_dir nowhere") == 1
-    assert f'File "{ROOT}' not in done.stderr
+    assert f'File "{ROOT}/train_gpt2.py' not in done.stderr
 
 
 # --------------------------------------------------------------------------------------- flags
