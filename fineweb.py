@@ -1109,9 +1109,8 @@ def read_meta(directory):
 def load_shard(path):
     """Memory-map a token shard, a .npy file or a .bin file in llm.c's format.
 
-    Returns a uint16 array (N,).
-
-    Raises ValueError if the file is not a shard, or is shorter or longer than its header says.
+    Returns a uint16 array (N,). Raises ValueError if the file is not a shard, or is shorter or
+    longer than its header says.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever

@@ -372,10 +372,9 @@ def find_pretrained(name):
 def read_config(directory):
     """Return the config.json of a GPT-2, with GPT-2's values for missing fields.
 
-    Raises ValueError if unsupported.
-
     The field tokenizer, "gpt2" or "bytes", is added, and vocab_size is that of the tokenizer: rows
-    of the token embedding beyond it are padding, which some tools add.
+    of the token embedding beyond it are padding, which some tools add. Raises ValueError if the
+    file cannot be read or describes a model that is not supported.
     """
     path = f"{directory}/config.json"
     try:
@@ -384,6 +383,7 @@ def read_config(directory):
         raise ValueError(f"cannot read {path} ({error.strerror}): it is not the directory of a model") from None
     if saved.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type is {saved.get('model_type')!r}, but only gpt2 is supported")
+    # fields that are missing, in files by older versions of transformers, have these values
     defaults = {
         "vocab_size": 50257,
         "n_positions": 1024,
@@ -402,6 +402,7 @@ def read_config(directory):
     config = {name: saved.get(name, default) for name, default in defaults.items()}
     if config["n_inner"] is None:
         config["n_inner"] = 4 * config["n_embd"] if type(config["n_embd"]) is int else 0
+    # a file may contain anything: check the types and the ranges
     for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner"):
         if type(config[name]) is not int or not 0 < config[name] < 2**31:
             raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a positive integer")
@@ -412,11 +413,13 @@ def read_config(directory):
         raise ValueError(f"{path}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
     if config["activation_function"] not in list(ACTIVATIONS):
         raise ValueError(f"{path}: activation_function {config['activation_function']!r} is not supported")
+    # variants of GPT-2 that transformers can compute, and this script cannot
     for name in ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
         if config[name] is not defaults[name]:
             raise ValueError(f"{path}: {name} {config[name]!r} is not supported")
+    # Find the tokenizer by the size of its vocabulary. There are at most 511 rows of padding, because
+    # vocabularies are padded to multiples of 512 at most.
     for tokenizer, vocab_size in (("gpt2", 50257), ("bytes", 257)):
-        # At most 511 rows of padding: vocabularies are padded to multiples of 512 at most.
         if vocab_size <= config["vocab_size"] < vocab_size + 512 and config["tokenizer"] in (None, tokenizer):
             config["tokenizer"], config["vocab_size"] = tokenizer, vocab_size
             return config
@@ -432,6 +435,7 @@ def read_weights(directory, config):
     The weights may be stored with or without the prefix "transformer.", in one file or in shards
     with an index file. Raises ValueError if they are damaged or not a GPT-2's.
     """
+    # find the files: those that the index lists, or model.safetensors
     file_names = ["model.safetensors"]
     if os.path.exists(f"{directory}/model.safetensors.index.json"):
         weight_map = read_json(f"{directory}/model.safetensors.index.json").get("weight_map")
@@ -445,6 +449,7 @@ def read_weights(directory, config):
                 "transformers (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
             )
         raise ValueError(f"{directory} contains no model.safetensors: pass the directory of a model")
+    # read them
     weights = {}
     for file_name in file_names:
         path = f"{directory}/{file_name}"
@@ -456,25 +461,27 @@ def read_weights(directory, config):
             raise ValueError(f"cannot read {path} ({error})") from None
         for name, tensor in tensors.items():
             weights[name.removeprefix("transformer.")] = tensor
-    # transformers once stored each block's causal mask, and may store the output head, which is the
-    # embedding.
+    # drop the causal mask of each block, which transformers once stored
     buffers = (".attn.bias", ".attn.masked_bias")
     weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
+    # the rows of the embedding beyond the vocabulary are padding
     embedding = weights.get("wte.weight")
     if embedding is None or embedding.shape[1:] != (config["n_embd"],) or len(embedding) < config["vocab_size"]:
         raise ValueError(
             f"{directory} does not match its config.json: wte.weight must have at least {config['vocab_size']} rows "
             f"of {config['n_embd']} numbers"
         )
+    weights["wte.weight"] = embedding[: config["vocab_size"]]
+    # the output head, if it is stored, must be the embedding
     head = weights.pop("lm_head.weight", embedding)
     if head is not embedding and not torch.equal(head, embedding):
         raise ValueError(f"{directory}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding")
+    # turn the matrices from (in, out) to (out, in)
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise ValueError(f"{directory}: {name} has dtype {weight.dtype}, but it must be floating point")
         if name.endswith(TRANSPOSED) and weight.dim() == 2:
             weights[name] = weight.T
-    weights["wte.weight"] = embedding[: config["vocab_size"]]
     return weights
 
 
@@ -547,9 +554,8 @@ def read_meta(directory):
 def load_shard(path):
     """Memory-map a token shard, a .npy file or a .bin file in llm.c's format.
 
-    Returns a uint16 array (N,).
-
-    Raises ValueError if the file is not a shard, or is shorter or longer than its header says.
+    Returns a uint16 array (N,). Raises ValueError if the file is not a shard, or is shorter or
+    longer than its header says.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
@@ -1350,9 +1356,7 @@ class RunDirectory:
     def save(self, step, model, optimizers, scaler, args):
         """Save a checkpoint if step is later than the last saved step.
 
-        A failure does not end the run.
-
-        Does nothing on ranks other than 0, which have no open log.
+        A failure does not end the run. Does nothing on ranks other than 0, which have no open log.
         """
         if self.log_file is None or step <= self.saved_step:
             return
@@ -1453,7 +1457,7 @@ def choose_checkpoint(run_directory, args):
                 "another --log_dir"
             )
         return None
-    # which checkpoints to try, in this order
+    # which checkpoints to try, in this order: the newest first, or only the one that is named
     candidates = checkpoints[::-1]
     if goes_back(args, checkpoints):
         if not os.path.isdir(args.resume):
@@ -1464,6 +1468,7 @@ def choose_checkpoint(run_directory, args):
                 f"--resume {args.resume} is not named step_NNNNNN: pass a checkpoint (rename former_step_NNNNNN to "
                 "step_NNNNNN first)"
             )
+        # another run's checkpoint can start a new run, but not replace a run that is here already
         is_other_run = os.path.dirname(path) != os.path.realpath(args.log_dir)
         if has_run and is_other_run and restart_count() == 0:
             raise UserError(
@@ -1539,6 +1544,7 @@ def load_trainer_state(path):
     trainer_state = torch.load(f"{path}/trainer.pt", map_location="cpu", weights_only=True)
     if not isinstance(trainer_state, dict) or not isinstance(trainer_state.get("args"), dict):
         raise ValueError("trainer.pt does not contain the state of a run")
+    # it must have today's format, and the step must be that of its directory
     if trainer_state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(
             f"{path} was written by an earlier version of train_gpt2.py and cannot be resumed: continue with that "
@@ -1565,10 +1571,8 @@ def load_trainer_state(path):
 def load_optimizers(model, trainer_state, device, rank, world_size):
     """Return the optimizers of a run with their saved state.
 
-    Raises ValueError if it does not fit the model.
-
     The fused optimizers read and write memory without checking sizes, so every tensor is checked
-    first.
+    first. Raises ValueError if the state does not fit the model.
     """
     args = trainer_state["args"]
     optimizers = configure_optimizers(
