@@ -10,7 +10,7 @@ Reads input.txt, trains on its first 90%, and prints the loss on the training an
 part. Then it prints a sample of the model with the lowest validation loss. Writes that model to a
 file if --save is given, and nothing otherwise. With the preset "cpu", the validation loss reaches
 1.66 nats per character on input.txt, and 1.76 on Tiny Shakespeare. With the preset "full", it
-reaches 1.48 on Tiny Shakespeare after 1,500 steps; then the model begins to memorize its text.
+reaches 1.46 on Tiny Shakespeare.
 
 Sections: data, model, evaluation, optimizer, saving and loading, training loop, command line.
 """
@@ -96,7 +96,7 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_embd: int  # channels, a multiple of n_head
-    dropout: float = 0.0
+    dropout: float = 0.0  # fraction of activations and attention weights set to 0 in training
     activation: str = "relu"  # or "gelu"
 
 
@@ -128,13 +128,12 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
+        self.attn_dropout = config.dropout
         # One linear layer computes q, k and v of all heads. On two CPU cores, this makes a training
         # step 1.2x faster than with one small layer per head. Different from GPT-2: c_attn has no
         # bias, as in "Attention Is All You Need".
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        # Different from GPT-2: dropout is applied to the output only, not to the attention weights.
-        # PyTorch's fused attention for CPUs does not support dropout.
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
@@ -145,8 +144,10 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
         k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
         v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
-        # the same as causal_attention(q, k, v), but faster
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+        # The same as causal_attention(q, k, v), but faster. In training, dropout also sets a random
+        # part of the attention weights to 0.
+        dropout_p = self.attn_dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
         # concatenate the results of the heads
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, nh, hs) -> (B, T, C)
         return self.dropout(self.c_proj(y))

@@ -239,6 +239,19 @@ def test_attention_of_the_model_equals_the_reference_implementation():
     torch.testing.assert_close(attn(x), expected)
 
 
+def test_dropout_is_applied_to_the_attention_weights_in_training():
+    """With one position, its attention weight is 1, or after dropout either 0 or 1 / (1 - p)."""
+    attn = make_gpt(dropout=0.25).h[0].attn
+    attn.c_proj = attn.dropout = torch.nn.Identity()
+    x = torch.randn(2000, 1, 16)
+    v = attn.c_attn(x).chunk(3, dim=2)[2].unflatten(2, (2, 8))  # (B, T, nh, hs)
+    y = attn.train()(x).unflatten(2, (2, 8))
+    dropped = (y == 0).all(dim=-1, keepdim=True)
+    torch.testing.assert_close(y, torch.where(dropped, 0, v / 0.75))
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    torch.testing.assert_close(attn.eval()(x).unflatten(2, (2, 8)), v)
+
+
 def test_later_characters_do_not_change_earlier_logits():
     model = randomize(make_gpt())
     idx = torch.randint(11, (2, 8))

@@ -78,7 +78,7 @@ class Commands:
         flags = f"--preset shakespeare --data_dir {shlex.quote(self.byte_data_dir)} --log_dir {model}_shakespeare"
         tiny = f"{TINY_TRAINING} --max_steps 2 --log_interval 1 --max_new_tokens 4"
         self.add("shakespeare", "train_gpt2", f"{flags} --log_interval 500", 12, 150, tiny)
-        # lesson 2, a tenth of its steps
+        # lesson 2, a quarter of its steps
         flags = f"--input {shlex.quote(os.path.join(ROOT, 'input.txt'))} --preset full --max_steps 500"
         self.add("gpt", "gpt", flags, 4, 90, "--preset cpu --max_steps 2 --eval_iters 1 --max_new_tokens 4")
 
