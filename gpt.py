@@ -144,8 +144,8 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
         k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
         v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
-        # The same as causal_attention(q, k, v), but faster. In training, dropout also sets a random
-        # part of the attention weights to 0.
+        # The same as causal_attention(q, k, v), in one fused kernel. In training, dropout also sets
+        # random attention weights to 0; PyTorch has no fused kernel for that on CPUs.
         dropout_p = self.attn_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
         # concatenate the results of the heads
@@ -187,8 +187,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
-        # The layer norms come before attention and MLP, as in GPT-2. They keep the scale of their
-        # inputs constant while x grows from block to block.
+        # The layer norms come before attention and MLP, as in GPT-2. They give both an input of
+        # constant scale, although x grows from block to block.
         x = x + self.attn(self.ln_1(x))
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -209,9 +209,9 @@ class GPT(nn.Module):
         # and shares its weights with wte, which saves 38.6M parameters in the 124M model. With 65
         # characters it would save 25 thousand of 10.8M parameters.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
-        # Small random weights make all logits nearly equal, so the first loss is ln(V). Different
-        # from GPT-2: the layers that end in a residual connection (c_proj) start like all others.
-        # GPT-2 makes them smaller, which matters for deep models only.
+        # Small random weights make all logits nearly equal, so the first loss is close to ln(V).
+        # Different from GPT-2: the layers that end in a residual connection (c_proj) start like all
+        # others. GPT-2 makes them smaller, which matters for deep models only.
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -565,7 +565,7 @@ def parse_args():
     group.add_argument(
         "--dropout",
         type=float,
-        help="fraction of activations set to 0 in training (default: from --preset)",
+        help="fraction of activations and attention weights set to 0 in training (default: from --preset)",
     )
     group.add_argument(
         "--activation",

@@ -506,7 +506,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 
 def find_pretrained(name):
-    """Return the directory of a model: name itself, its newest checkpoint, or a download.
+    """Return the directory of a model: name itself, the newest checkpoint in it, or a download.
 
     Raises ValueError if there is no such model, or it cannot be downloaded.
     """
@@ -549,7 +549,7 @@ def read_config(directory):
         raise ValueError(f"cannot read {path} ({error.strerror}): it is not the directory of a model") from None
     if saved.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type is {saved.get('model_type')!r}, but only gpt2 is supported")
-    # fields that are missing, in files by older versions of transformers, have these values
+    # a field that the file lacks has this value
     defaults = {
         "vocab_size": 50257,
         "n_positions": 1024,
@@ -574,17 +574,17 @@ def read_config(directory):
             raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a positive integer")
     for name in ("layer_norm_epsilon", "resid_pdrop"):
         if type(config[name]) not in (int, float) or not 0 <= config[name] < 1:
-            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a number from 0 to 1")
+            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a number of at least 0 and below 1")
     if config["n_embd"] % config["n_head"]:
         raise ValueError(f"{path}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
     if config["activation_function"] not in list(ACTIVATIONS):
         raise ValueError(f"{path}: activation_function {config['activation_function']!r} is not supported")
-    # variants of GPT-2 that transformers can compute, and this script cannot
+    # variants of GPT-2 that transformers supports and this script does not
     for name in ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
         if config[name] is not defaults[name]:
             raise ValueError(f"{path}: {name} {config[name]!r} is not supported")
-    # Find the tokenizer by the size of its vocabulary. There are at most 511 rows of padding, because
-    # vocabularies are padded to multiples of 512 at most.
+    # The size of the vocabulary tells the tokenizer. Up to 511 rows of padding are accepted: tools
+    # pad to multiples of 512 or of a smaller number.
     for tokenizer, vocab_size in (("gpt2", 50257), ("bytes", 257)):
         if vocab_size <= config["vocab_size"] < vocab_size + 512 and config["tokenizer"] in (None, tokenizer):
             config["tokenizer"], config["vocab_size"] = tokenizer, vocab_size
@@ -615,7 +615,7 @@ def read_weights(directory, config):
                 "transformers (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
             )
         raise ValueError(f"{directory} contains no model.safetensors: pass the directory of a model")
-    # read them
+    # read the files
     weights = {}
     for file_name in file_names:
         path = f"{directory}/{file_name}"
@@ -630,7 +630,7 @@ def read_weights(directory, config):
     # drop the causal mask of each block, which transformers once stored
     buffers = (".attn.bias", ".attn.masked_bias")
     weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
-    # the rows of the embedding beyond the vocabulary are padding
+    # check the embedding, and drop its rows of padding
     embedding = weights.get("wte.weight")
     if embedding is None or embedding.shape[1:] != (config["n_embd"],) or len(embedding) < config["vocab_size"]:
         raise ValueError(

@@ -340,7 +340,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 
 def find_pretrained(name):
-    """Return the directory of a model: name itself, its newest checkpoint, or a download.
+    """Return the directory of a model: name itself, the newest checkpoint in it, or a download.
 
     Raises ValueError if there is no such model, or it cannot be downloaded.
     """
@@ -383,7 +383,7 @@ def read_config(directory):
         raise ValueError(f"cannot read {path} ({error.strerror}): it is not the directory of a model") from None
     if saved.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type is {saved.get('model_type')!r}, but only gpt2 is supported")
-    # fields that are missing, in files by older versions of transformers, have these values
+    # a field that the file lacks has this value
     defaults = {
         "vocab_size": 50257,
         "n_positions": 1024,
@@ -408,17 +408,17 @@ def read_config(directory):
             raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a positive integer")
     for name in ("layer_norm_epsilon", "resid_pdrop"):
         if type(config[name]) not in (int, float) or not 0 <= config[name] < 1:
-            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a number from 0 to 1")
+            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a number of at least 0 and below 1")
     if config["n_embd"] % config["n_head"]:
         raise ValueError(f"{path}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
     if config["activation_function"] not in list(ACTIVATIONS):
         raise ValueError(f"{path}: activation_function {config['activation_function']!r} is not supported")
-    # variants of GPT-2 that transformers can compute, and this script cannot
+    # variants of GPT-2 that transformers supports and this script does not
     for name in ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
         if config[name] is not defaults[name]:
             raise ValueError(f"{path}: {name} {config[name]!r} is not supported")
-    # Find the tokenizer by the size of its vocabulary. There are at most 511 rows of padding, because
-    # vocabularies are padded to multiples of 512 at most.
+    # The size of the vocabulary tells the tokenizer. Up to 511 rows of padding are accepted: tools
+    # pad to multiples of 512 or of a smaller number.
     for tokenizer, vocab_size in (("gpt2", 50257), ("bytes", 257)):
         if vocab_size <= config["vocab_size"] < vocab_size + 512 and config["tokenizer"] in (None, tokenizer):
             config["tokenizer"], config["vocab_size"] = tokenizer, vocab_size
@@ -449,7 +449,7 @@ def read_weights(directory, config):
                 "transformers (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
             )
         raise ValueError(f"{directory} contains no model.safetensors: pass the directory of a model")
-    # read them
+    # read the files
     weights = {}
     for file_name in file_names:
         path = f"{directory}/{file_name}"
@@ -464,7 +464,7 @@ def read_weights(directory, config):
     # drop the causal mask of each block, which transformers once stored
     buffers = (".attn.bias", ".attn.masked_bias")
     weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
-    # the rows of the embedding beyond the vocabulary are padding
+    # check the embedding, and drop its rows of padding
     embedding = weights.get("wte.weight")
     if embedding is None or embedding.shape[1:] != (config["n_embd"],) or len(embedding) < config["vocab_size"]:
         raise ValueError(
@@ -1445,7 +1445,9 @@ def flush_descriptor(descriptor):
 def choose_checkpoint(run_directory, args):
     """Return the path of the checkpoint to resume from, or None to start from scratch.
 
-    With --resume it is the newest undamaged one; with --resume DIR it is DIR. Raises UserError.
+    With --resume it is the newest undamaged one in --log_dir. With --resume DIR it is DIR or, if DIR
+    is another run, the newest one in it; goes_back has the exceptions. Raises UserError or
+    ValueError.
     """
     # without --resume the directory must not contain a run
     checkpoints = run_directory.checkpoints()
@@ -1457,7 +1459,7 @@ def choose_checkpoint(run_directory, args):
                 "another --log_dir"
             )
         return None
-    # which checkpoints to try, in this order: the newest first, or only the one that is named
+    # which checkpoints to try, in this order: all, the newest first, or only that of --resume DIR
     candidates = checkpoints[::-1]
     if goes_back(args, checkpoints):
         if not os.path.isdir(args.resume):
@@ -1468,7 +1470,7 @@ def choose_checkpoint(run_directory, args):
                 f"--resume {args.resume} is not named step_NNNNNN: pass a checkpoint (rename former_step_NNNNNN to "
                 "step_NNNNNN first)"
             )
-        # another run's checkpoint can start a new run, but not replace a run that is here already
+        # another run's checkpoint can start a new run, but not replace a run that is in --log_dir
         is_other_run = os.path.dirname(path) != os.path.realpath(args.log_dir)
         if has_run and is_other_run and restart_count() == 0:
             raise UserError(
@@ -1544,7 +1546,7 @@ def load_trainer_state(path):
     trainer_state = torch.load(f"{path}/trainer.pt", map_location="cpu", weights_only=True)
     if not isinstance(trainer_state, dict) or not isinstance(trainer_state.get("args"), dict):
         raise ValueError("trainer.pt does not contain the state of a run")
-    # it must have today's format, and the step must be that of its directory
+    # it must have the current format, and its step must be that of the directory
     if trainer_state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(
             f"{path} was written by an earlier version of train_gpt2.py and cannot be resumed: continue with that "

@@ -240,7 +240,7 @@ def test_attention_of_the_model_equals_the_reference_implementation():
 
 
 def test_dropout_is_applied_to_the_attention_weights_in_training():
-    """With one position, its attention weight is 1, or after dropout either 0 or 1 / (1 - p)."""
+    """With one position, the attention weight is 1. Dropout makes it 0 or 1 / (1 - p)."""
     attn = make_gpt(dropout=0.25).h[0].attn
     attn.c_proj = attn.dropout = torch.nn.Identity()
     x = torch.randn(2000, 1, 16)
