@@ -14,7 +14,8 @@ The prompt and its continuation are printed token by token. Without --prompt, th
 prompts if it runs on a terminal, and starts a new document otherwise. On the same machine, the same
 flags produce the same text every time. The model is read from a directory or the Hugging Face Hub.
 No file is written, except for the Hub's downloads. Expect about 30 tokens per second from GPT-2
-124M on two CPU cores. On CPUs with bfloat16 instructions, --dtype bfloat16 is about twice as fast.
+124M on two CPU cores. On CPUs with bfloat16 instructions, --dtype bfloat16 is two to three times
+as fast.
 
 Sections: sampling, text, model, loading, command line.
 """
@@ -549,7 +550,7 @@ def read_config(directory):
         raise ValueError(f"cannot read {path} ({error.strerror}): it is not the directory of a model") from None
     if saved.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type is {saved.get('model_type')!r}, but only gpt2 is supported")
-    # a field that the file lacks has this value
+    # fields that the file lacks get these values
     defaults = {
         "vocab_size": 50257,
         "n_positions": 1024,
@@ -574,7 +575,7 @@ def read_config(directory):
             raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a positive integer")
     for name in ("layer_norm_epsilon", "resid_pdrop"):
         if type(config[name]) not in (int, float) or not 0 <= config[name] < 1:
-            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a number of at least 0 and below 1")
+            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a number, at least 0 and below 1")
     if config["n_embd"] % config["n_head"]:
         raise ValueError(f"{path}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
     if config["activation_function"] not in list(ACTIVATIONS):
@@ -583,8 +584,8 @@ def read_config(directory):
     for name in ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
         if config[name] is not defaults[name]:
             raise ValueError(f"{path}: {name} {config[name]!r} is not supported")
-    # The size of the vocabulary tells the tokenizer. Up to 511 rows of padding are accepted: tools
-    # pad to multiples of 512 or of a smaller number.
+    # The size of the vocabulary tells which tokenizer it is. Some tools pad the vocabulary to a
+    # multiple of a number, of 512 at most, so up to 511 more rows are accepted.
     for tokenizer, vocab_size in (("gpt2", 50257), ("bytes", 257)):
         if vocab_size <= config["vocab_size"] < vocab_size + 512 and config["tokenizer"] in (None, tokenizer):
             config["tokenizer"], config["vocab_size"] = tokenizer, vocab_size
@@ -627,7 +628,7 @@ def read_weights(directory, config):
             raise ValueError(f"cannot read {path} ({error})") from None
         for name, tensor in tensors.items():
             weights[name.removeprefix("transformer.")] = tensor
-    # drop the causal mask of each block, which transformers once stored
+    # older versions of transformers stored the causal mask of each block: drop it
     buffers = (".attn.bias", ".attn.masked_bias")
     weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
     # check the embedding, and drop its rows of padding
@@ -642,7 +643,7 @@ def read_weights(directory, config):
     head = weights.pop("lm_head.weight", embedding)
     if head is not embedding and not torch.equal(head, embedding):
         raise ValueError(f"{directory}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding")
-    # turn the matrices from (in, out) to (out, in)
+    # check the types, and transpose the matrices from (in, out) to (out, in)
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise ValueError(f"{directory}: {name} has dtype {weight.dtype}, but it must be floating point")

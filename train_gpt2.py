@@ -86,7 +86,7 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         # softmax(q k^T / sqrt(hs)) v with the future masked out. The fused kernel (FlashAttention)
         # never stores the (T, T) attention matrix, which makes it several times faster than
-        # separate matmuls.
+        # separate matmuls. On CPUs, PyTorch has no fused kernel with dropout.
         dropout_p = self.attn_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C): concatenate the heads
@@ -383,7 +383,7 @@ def read_config(directory):
         raise ValueError(f"cannot read {path} ({error.strerror}): it is not the directory of a model") from None
     if saved.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type is {saved.get('model_type')!r}, but only gpt2 is supported")
-    # a field that the file lacks has this value
+    # fields that the file lacks get these values
     defaults = {
         "vocab_size": 50257,
         "n_positions": 1024,
@@ -408,7 +408,7 @@ def read_config(directory):
             raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a positive integer")
     for name in ("layer_norm_epsilon", "resid_pdrop"):
         if type(config[name]) not in (int, float) or not 0 <= config[name] < 1:
-            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a number of at least 0 and below 1")
+            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a number, at least 0 and below 1")
     if config["n_embd"] % config["n_head"]:
         raise ValueError(f"{path}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
     if config["activation_function"] not in list(ACTIVATIONS):
@@ -417,8 +417,8 @@ def read_config(directory):
     for name in ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
         if config[name] is not defaults[name]:
             raise ValueError(f"{path}: {name} {config[name]!r} is not supported")
-    # The size of the vocabulary tells the tokenizer. Up to 511 rows of padding are accepted: tools
-    # pad to multiples of 512 or of a smaller number.
+    # The size of the vocabulary tells which tokenizer it is. Some tools pad the vocabulary to a
+    # multiple of a number, of 512 at most, so up to 511 more rows are accepted.
     for tokenizer, vocab_size in (("gpt2", 50257), ("bytes", 257)):
         if vocab_size <= config["vocab_size"] < vocab_size + 512 and config["tokenizer"] in (None, tokenizer):
             config["tokenizer"], config["vocab_size"] = tokenizer, vocab_size
@@ -461,7 +461,7 @@ def read_weights(directory, config):
             raise ValueError(f"cannot read {path} ({error})") from None
         for name, tensor in tensors.items():
             weights[name.removeprefix("transformer.")] = tensor
-    # drop the causal mask of each block, which transformers once stored
+    # older versions of transformers stored the causal mask of each block: drop it
     buffers = (".attn.bias", ".attn.masked_bias")
     weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
     # check the embedding, and drop its rows of padding
@@ -476,7 +476,7 @@ def read_weights(directory, config):
     head = weights.pop("lm_head.weight", embedding)
     if head is not embedding and not torch.equal(head, embedding):
         raise ValueError(f"{directory}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding")
-    # turn the matrices from (in, out) to (out, in)
+    # check the types, and transpose the matrices from (in, out) to (out, in)
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise ValueError(f"{directory}: {name} has dtype {weight.dtype}, but it must be floating point")
@@ -1445,9 +1445,9 @@ def flush_descriptor(descriptor):
 def choose_checkpoint(run_directory, args):
     """Return the path of the checkpoint to resume from, or None to start from scratch.
 
-    With --resume it is the newest undamaged one in --log_dir. With --resume DIR it is DIR or, if DIR
-    is another run, the newest one in it; goes_back has the exceptions. Raises UserError or
-    ValueError.
+    With --resume, that is the newest undamaged checkpoint in --log_dir. With --resume DIR, it is DIR,
+    or the newest checkpoint in DIR if that is the directory of another run. goes_back says when DIR
+    is ignored. Raises UserError or ValueError.
     """
     # without --resume the directory must not contain a run
     checkpoints = run_directory.checkpoints()
@@ -1459,7 +1459,8 @@ def choose_checkpoint(run_directory, args):
                 "another --log_dir"
             )
         return None
-    # which checkpoints to try, in this order: all, the newest first, or only that of --resume DIR
+    # With --resume DIR, try only the checkpoint that DIR stands for. Otherwise try all checkpoints,
+    # the newest first.
     candidates = checkpoints[::-1]
     if goes_back(args, checkpoints):
         if not os.path.isdir(args.resume):
@@ -2358,8 +2359,8 @@ def peak_flops(device, dtype, world_size):
     if device.type != "cuda":
         return None
     gpu_name = torch.cuda.get_device_name(device)
-    # Laptop GPUs, the "RTX 4090 D" and the "RTX 3090 Ti" have the names of other GPUs in theirs, and
-    # other peaks.
+    # The names of laptop GPUs, of the RTX 4090 D and of the RTX 3090 Ti contain the name of another
+    # GPU, which has another peak.
     if re.search(r"\b(Laptop|Ti|D)\b", gpu_name):
         return None
     for name, peak_16_bit, peak_32_bit in PEAK_FLOPS:
@@ -2558,7 +2559,8 @@ def main():
         if step % args.checkpoint_interval == 0 or last_step or stopping:
             run_directory.save(step, raw_model, optimizers, scaler, args)
         if not stopping and (step % args.eval_interval == 0 or last_step):
-            train_data.check_open_shards()  # now and then: reading a truncated shard would kill the process
+            # Reading a truncated shard would kill the process. Checking now and then is cheap.
+            train_data.check_open_shards()
             val_loss = evaluate(eval_model, raw_model, val_data, args.val_tokens, *evaluation_args)
             stopping = any_rank(stop.reason, device, world_size)
             if not stopping:  # otherwise the evaluation is incomplete, and the resumed run repeats it
