@@ -1,37 +1,50 @@
-"""Helpers that several test files need: running scripts, tiny data sets, reading logs and checkpoints.
+"""Helpers that several test files need: runs, faults, a Hub, logs, checkpoints and data sets.
 
-Everything here runs on the CPU with one thread and without a network.
+Everything here runs with one thread and without a network.
 """
 
 import contextlib
 import hashlib
+import http.server
 import importlib.util
 import io
+import itertools
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import urllib.parse
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# A network that always fails at once, on every machine: nothing listens on port 9 ("discard").
+# Without a network: hosts other than this one are asked through a proxy that does not exist
+# (nothing listens on port 9).
 for name in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ[name] = os.environ[name.upper()] = "http://127.0.0.1:9"
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp(prefix="hf_home_")}
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are fastest so, and one thread adds in one order
-for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TIKTOKEN_CACHE_DIR"):
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(name, None)
 os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken_cache")  # see the fixture of the same name
 
-import numpy as np  # noqa: E402
+import numpy as np  # noqa: E402 (after the variables of the environment)
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 
 # Flags of train_gpt2.py for a model of about 30,000 parameters, 8 windows per step, 5 steps.
 TINY_FLAGS = {
@@ -54,7 +67,7 @@ TINY_FLAGS = {
 
 
 def tiny_flags(**changes):
-    """TINY_FLAGS as a list of arguments, with some of them changed; None leaves a flag out."""
+    """Return TINY_FLAGS as a list of arguments, with some of them changed. None leaves a flag out."""
     flags = []
     for name, value in {**TINY_FLAGS, **changes}.items():
         if value is not None:
@@ -68,7 +81,7 @@ NO_SHAPE = tiny_flags(n_layer=None, n_head=None, n_embd=None)  # for --init_from
 
 # ------------------------------------------------------------------------------------- scripts
 def load(script):
-    """A fresh copy of a script, imported by path under the script's name."""
+    """Return a fresh copy of a script as a module with the script's name."""
     spec = importlib.util.spec_from_file_location(script, ROOT / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[script] = module
@@ -77,39 +90,48 @@ def load(script):
 
 
 def call(script, *args):
-    """Run main() of a script (a name, or a module from load) with flags args, in this process.
+    """Run a script (its name, or a module from load) with flags args in this process.
 
-    Returns what subprocess.run would: exit status, stdout and stderr. train_gpt2.py reports its errors in
-    run_rank(). An exception of another script passes through.
+    Returns what subprocess.run would: exit status, stdout and stderr. An exception passes through.
     """
     module = load(script) if isinstance(script, str) else script
-    main = getattr(module, "run_rank", module.main)
-    module.exit_process = sys.exit  # under torchrun's variables it would end this process at once
-    out, err = io.StringIO(), io.StringIO()
-    argv, environment = sys.argv, dict(os.environ)
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if hasattr(signal, "SIGUSR1"):  # Windows does not have it
-        numbers.append(signal.SIGUSR1)
+    main = module.main
+    if module.__name__ == "train_gpt2":  # its errors are reported by a function around main()
+        main = module.run_rank if hasattr(module, "run_rank") else partial(module.run, main)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    environment = dict(os.environ)
+    names = ["SIGTERM", "SIGINT", "SIGUSR1"]
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
     status = 0
-    sys.argv = [f"{module.__name__}.py", *map(str, args)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, args)]),
+            mock.patch.object(os, "_exit", sys.exit),  # a rank ends so
+        ):
             main()
     except SystemExit as stop:
         status = stop.code or 0
+        if isinstance(status, str):  # sys.exit("error: ...") prints it
+            err.write(f"{status}\n")
+            status = 1
     finally:
-        sys.argv = argv
         os.environ.clear()
         os.environ.update(environment)
         for number, handler in handlers.items():  # so that Ctrl-C still ends the tests
             signal.signal(number, handler)
-    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())
+    return subprocess.CompletedProcess(args, status, *texts)
 
 
-def assert_user_error(done, *needles):
+def assert_user_error(done, *needles, statuses=(2,)):
     """Check that a script ended with status 2 and one line on stderr that contains the needles."""
-    assert done.returncode == 2, done.stdout[-500:] + done.stderr
+    assert done.returncode in statuses, done.stdout[-500:] + done.stderr
     assert done.stderr.startswith("error: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     for needle in needles:
@@ -117,23 +139,420 @@ def assert_user_error(done, *needles):
 
 
 def command(script, *args):
-    """The command line of a script in a process of its own."""
+    """Return the command line of a script in a process of its own."""
     return [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)]
 
 
 def run(script, *args, env=None, cwd=None):
-    """Run a script with flags args in a process of its own; returns its CompletedProcess."""
+    """Run a script with flags args in a process of its own. Returns its CompletedProcess."""
     environment = {**os.environ, **(env or {})}
-    return subprocess.run(command(script, *args), env=environment, cwd=cwd, capture_output=True, text=True, timeout=100)
+    line = command(script, *args)
+    return subprocess.run(line, env=environment, cwd=cwd, capture_output=True, text=True, timeout=100)
 
 
 def torchrun(n, script, *args, cwd=None):
-    """Run a script in n processes on this machine; returns torchrun's CompletedProcess."""
+    """Run a script in n processes on this machine. Returns torchrun's CompletedProcess."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
     line += command(script, *args)[1:]
     return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=100)
 
 
+# --------------------------------------------------------------------- runs in forked processes
+class Run:
+    """A run of train_gpt2.py in one forked process for each rank.
+
+    before(rank) is called in each process, for example to inject a fault. A fork takes a fraction of
+    a second if this process has run train_gpt2.py before: everything is imported then.
+    """
+
+    def __init__(self, *flags, ranks=1, before=None):
+        self.folder = Path(tempfile.mkdtemp())
+        self.processes = []
+        for rank in range(ranks):
+            arguments = (self.folder, rank, ranks, flags, before)
+            process = get_context("fork").Process(target=run_rank, args=arguments)
+            process.start()
+            self.processes.append(process)
+
+    def wait(self):
+        """Return a CompletedProcess for each rank. The status is negative if a signal ended it."""
+        results = []
+        for rank, process in enumerate(self.processes):
+            process.join(60)
+            assert not process.is_alive(), f"rank {rank} hangs"
+            out = (self.folder / f"{rank}.out").read_text()
+            err = (self.folder / f"{rank}.err").read_text()
+            results.append(subprocess.CompletedProcess([], process.exitcode, out, err))
+        return results
+
+
+def run_rank(folder, rank, ranks, flags, before):
+    """Run train_gpt2.py as python does, with its output in folder."""
+    sys.stdout = open(folder / f"{rank}.out", "w")  # noqa: SIM115 (open until the process ends)
+    sys.stderr = open(folder / f"{rank}.err", "w")  # noqa: SIM115
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        # the ranks meet at a file: a port could be taken meanwhile
+        store = torch.distributed.FileStore(str(folder / "store"), ranks)
+        init = torch.distributed.init_process_group
+
+        def meet_at_file(backend, **options):
+            init(backend, **{**options, "store": store})
+
+        torch.distributed.init_process_group = meet_at_file
+    if before:
+        before(rank)
+    sys.argv = ["train_gpt2.py", *map(str, flags)]
+    runpy.run_path(str(ROOT / "train_gpt2.py"), run_name="__main__")
+
+
+# --------------------------------------------------------------------------------------- faults
+def at_step(step, action, rank=None):
+    """For before of a Run: call action() in this optimizer step of the process."""
+
+    def before(this_rank):
+        steps = itertools.count()
+
+        def hook(optimizer, args, kwargs):
+            if isinstance(optimizer, torch.optim.AdamW):
+                if next(steps) == step and rank in (None, this_rank):
+                    action()
+
+        register_optimizer_step_pre_hook(hook)
+
+    return before
+
+
+def at_loss(number, change, training=True, rank=None):
+    """For before of a Run: replace the loss of one micro-batch by change(loss)."""
+
+    def before(this_rank):
+        calls = itertools.count()
+        cross_entropy = F.cross_entropy
+
+        def faulty_cross_entropy(logits, targets, **options):
+            loss = cross_entropy(logits, targets, **options)
+            # the warm-up of DDP has zeros only
+            if logits.requires_grad == training and targets.any():
+                if next(calls) == number and rank in (None, this_rank):
+                    loss = change(loss)
+            return loss
+
+        F.cross_entropy = faulty_cross_entropy
+
+    return before
+
+
+def at_disk_change(directory, action):
+    """For before of a Run: call action(n) before the n-th change below a directory."""
+    changes = {"os.mkdir", "os.remove", "os.rename", "os.rmdir"}
+
+    def before(rank):
+        numbers = itertools.count(1)
+
+        def hook(event, args):
+            if event == "open":
+                is_change = args[2] & (os.O_WRONLY | os.O_RDWR)
+            else:
+                is_change = event in changes
+            if is_change and str(args[0]).startswith(str(directory)):
+                action(next(numbers))
+
+        sys.addaudithook(hook)
+
+    return before
+
+
+def send(*names):
+    """Return an action that sends this process signals, 0.7 seconds apart."""
+
+    def action():
+        for i, name in enumerate(names):
+            time.sleep(0.7 if i else 0)
+            signal.raise_signal(getattr(signal, name))
+
+    return action
+
+
+def truncate(path):
+    """Drop the second half of a file."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_bit(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {"missing": Path.unlink, "truncated": truncate, "one bit": flip_bit}
+
+
+def edit_json(path, **changes):
+    """Change fields of a JSON file."""
+    content = json.loads(Path(path).read_text())
+    Path(path).write_text(json.dumps({**content, **changes}))
+
+
+def names_in(directory, prefix=""):
+    """Return the sorted names in a directory that begin with prefix."""
+    return sorted(path.name for path in Path(directory).glob(f"{prefix}*"))
+
+
+# --------------------------------------------------------------------------- a Hub on this machine
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the Hugging Face Hub from which models and data sets are downloaded.
+
+    server.files:    {repository: {file name: content}}
+    server.log:      (kind, path) of the requests so far; kinds are "info", "tree", "HEAD" and "GET"
+    server.trouble:  a list of (kind, what goes wrong once): an HTTP status, or for "GET" "drop" (the
+                     connection breaks), "truncated" (with a header that says it is all) or "damaged"
+                     (one bit has changed)
+    server.refuses(request) tells whether a request is answered with 503, and server.hangs(request)
+    whether it is never answered.
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        path = urllib.parse.unquote(self.path.split("?")[0])
+        # for example /me/model/resolve/COMMIT/NAME or /api/datasets/me/texts/tree/COMMIT/FOLDER
+        parts = re.sub("^(/api)?(/datasets|/models)?/", "", path).split("/")
+        repository, action, name = "/".join(parts[:2]), "".join(parts[2:3]), "/".join(parts[4:])
+        kind = {"tree": "tree", "resolve": self.command}.get(action, "info")
+        server.log.append((kind, path))
+        if server.hangs(self):
+            time.sleep(1000)
+        if server.refuses(self):
+            self.reply(503, b"busy")
+            return
+        if repository not in server.files:
+            self.reply(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            return
+        troubles = [trouble for trouble in server.trouble if trouble[0] == kind]
+        what = None
+        if troubles:
+            server.trouble.remove(troubles[0])
+            what = troubles[0][1]
+        if isinstance(what, int):
+            self.reply(what, b"busy")
+        elif kind == "info":
+            self.reply_info(repository)
+        elif kind == "tree":
+            self.reply_tree(repository, name)
+        else:
+            self.reply_file(server.files[repository].get(name), what)
+
+    do_HEAD = do_GET
+
+    def reply(self, status, body=b"", num_bytes=None, **headers):
+        """Send a response, with only the first num_bytes of its body if this is given."""
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:num_bytes])
+            self.close_connection = num_bytes is not None
+
+    def reply_info(self, repository):
+        siblings = []
+        for name, content in self.server.files[repository].items():
+            sha256 = hashlib.sha256(content).hexdigest()
+            large_file = {"size": len(content), "pointerSize": 1, "sha256": sha256}
+            siblings.append({"rfilename": name, "size": len(content), "lfs": large_file})
+        info = {"id": repository, "sha": COMMIT, "siblings": siblings}
+        self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
+
+    def reply_tree(self, repository, folder):
+        entries = []
+        for name, content in self.server.files[repository].items():
+            if name.startswith(f"{folder}/" if folder else ""):
+                entries.append({"type": "file", "path": name, "size": len(content), "oid": "0"})
+        if entries:
+            self.reply(200, json.dumps(entries).encode(), Content_Type="application/json")
+        else:
+            self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="not found")
+
+    def reply_file(self, body, what):
+        if body is None:
+            self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="not found")
+            return
+        # the Hub's ETag of a large file is its SHA-256
+        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+        if what == "damaged":
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 4]) + body[middle + 1 :]
+        first_byte = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if first_byte:
+            first = int(first_byte[1])
+            content_range = f"bytes {first}-{len(body) - 1}/{len(body)}"
+            self.reply(206, body[first:], Content_Range=content_range, **headers)
+        elif what == "truncated":
+            self.reply(200, body[: len(body) // 2], **headers)
+        else:
+            self.reply(200, body, len(body) // 2 if what == "drop" else None, **headers)
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """A Hub without repositories, which this process and the processes that it starts use."""
+    from huggingface_hub import constants  # imported here because it is slow
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.daemon_threads = True
+    server.files, server.log, server.trouble = {}, [], []
+    server.refuses = server.hangs = lambda request: False
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    home = str(tmp_path_factory.mktemp("hf"))
+    for name, value in (("HF_ENDPOINT", server.url), ("HF_HOME", home), ("HF_HUB_OFFLINE", "0")):
+        monkeypatch.setenv(name, value)
+    for name, value in (("ENDPOINT", server.url), ("HF_HUB_CACHE", home), ("HF_HUB_OFFLINE", False)):
+        monkeypatch.setattr(constants, name, value)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+# ------------------------------------------------------------------------- logs and checkpoints
+def read_log(log_dir):
+    """Return log.txt as {(step, kind): value as text}. Fails at a value that is logged twice."""
+    log = {}
+    for line in (Path(log_dir) / "log.txt").read_text().splitlines():
+        step, kind, value = line.split(" ")
+        assert (int(step), kind) not in log, f"twice in log.txt: {line}"
+        log[int(step), kind] = value
+    return log
+
+
+def losses(log_dir, kind="train"):
+    """Return the values of one kind in log.txt as {step: value}."""
+    return {step: float(value) for (step, name), value in read_log(log_dir).items() if name == kind}
+
+
+def reproducible(log_dir):
+    """Return what log.txt must contain again after a resumed run: everything except the speed."""
+    return {key: value for key, value in read_log(log_dir).items() if key[1] != "tok/s"}
+
+
+def weights_file(log_dir, step=5):
+    """Return the path of the weights in a checkpoint."""
+    return Path(log_dir) / f"step_{step:06d}" / "model.safetensors"
+
+
+def sign(checkpoint):
+    """Make sha256.json of a checkpoint agree with its files as they are now."""
+    files = [path for path in checkpoint.iterdir() if path.name != "sha256.json"]
+    checksums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    (checkpoint / "sha256.json").write_text(json.dumps(checksums))
+
+
+def random_gpt2(directory, **changes):
+    """Save a random GPT2LMHeadModel of transformers over bytes in directory, and return it."""
+    import transformers  # imported here because it is slow
+
+    shape = {"vocab_size": 257, "n_positions": 40, "n_layer": 3, "n_head": 3, "n_embd": 48}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**shape, **changes})).eval()
+    model.save_pretrained(directory)
+    return model
+
+
+# -------------------------------------------------------------------------------------- shards
+def write_npy(path, tokens):
+    """Write a shard in NumPy's format, as build-nanogpt does."""
+    np.save(path, np.asarray(tokens, dtype=np.uint16))
+
+
+def write_bin(path, tokens):
+    """Write a shard in llm.c's format: 256 int32 (magic, version, count, zeros), then the tokens."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    Path(path).write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+
+
+def write_data_set(directory, train, val, vocab_size=257):
+    """Write a data set with meta.json from lists of token arrays, one per shard. Returns its directory."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = {257: "bytes", 50257: "gpt2"}[vocab_size]
+    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size, "eot_token": vocab_size - 1, "source": {}, "shards": []}
+    for split, shards in (("train", train), ("val", val)):
+        for i, tokens in enumerate(shards):
+            file = f"tiny_{split}_{i:06d}.npy"
+            write_npy(directory / file, tokens)
+            meta["shards"].append({"file": file, "split": split, "tokens": len(tokens), "sha256": ""})
+    (directory / "meta.json").write_text(json.dumps(meta))
+    return directory
+
+
+def read_windows(path, block_size):
+    """Return the windows of a .npy shard, by brute force: lists of block_size + 1 tokens that share their ends."""
+    tokens = np.load(path, allow_pickle=False).tolist()
+    return [tokens[i : i + block_size + 1] for i in range(0, len(tokens) - block_size, block_size)]
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """The first 30,000 characters of input.txt."""
+    path = tmp_path_factory.mktemp("text") / "excerpt.txt"
+    path.write_text((ROOT / "input.txt").read_text(encoding="utf-8")[:30_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte_shards(tmp_path_factory, text_file):
+    """The data set that prepare_shakespeare.py makes of text_file, one token per byte."""
+    directory = tmp_path_factory.mktemp("data") / "excerpt"
+    done = call("prepare_shakespeare", "--input", text_file, "--out_dir", directory)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture
+def random_shards(tmp_path):
+    """A data set of random bytes: two training shards and one for validation; tests may damage it."""
+    rng = np.random.default_rng(0)
+    train = [rng.integers(256, size=700), rng.integers(256, size=333)]
+    return write_data_set(tmp_path / "data", train, [rng.integers(256, size=99)])
+
+
+# ------------------------------------------------------------------------------ optional things
+@pytest.fixture
+def tiktoken_cache():
+    """The folder with GPT-2's vocabulary, which TIKTOKEN_CACHE_DIR names in every test."""
+    if not (SHARED / "tiktoken_cache").is_dir():
+        pytest.skip("GPT-2's vocabulary is not in ../shared/tiktoken_cache")
+    return SHARED / "tiktoken_cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_shakespeare():
+    """The real Tiny Shakespeare."""
+    path = SHARED / "data" / "tinyshakespeare" / "input.txt"
+    if not path.exists():
+        pytest.skip("Tiny Shakespeare is not in ../shared/data/tinyshakespeare")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+# TEMPORARY
 class SingleProcessDDP:
     """DistributedDataParallel without other processes: it calls the model."""
 
@@ -162,130 +581,3 @@ def pretend_to_be_a_rank(monkeypatch, module, rank, world_size):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
-
-
-def read_log(log_dir):
-    """log.txt as {(step, kind): value as text}; fails at a figure that stands there twice."""
-    log = {}
-    for line in (Path(log_dir) / "log.txt").read_text().splitlines():
-        step, kind, value = line.split(" ")
-        assert (int(step), kind) not in log, f"twice in log.txt: {line}"
-        log[int(step), kind] = value
-    return log
-
-
-def losses(log_dir, kind="train"):
-    """The values of one kind in log.txt as {step: value}."""
-    return {step: float(value) for (step, name), value in read_log(log_dir).items() if name == kind}
-
-
-def reproducible(log_dir):
-    """What log.txt must contain again after a resumed run: everything except the speed."""
-    return {key: value for key, value in read_log(log_dir).items() if key[1] != "tok/s"}
-
-
-def weights_file(log_dir, step=5):
-    """The path of the weights in a checkpoint."""
-    return Path(log_dir) / f"step_{step:06d}" / "model.safetensors"
-
-
-def sign(checkpoint):
-    """Make sha256.json of a checkpoint agree with its files as they are now."""
-    files = [path for path in checkpoint.iterdir() if path.name != "sha256.json"]
-    checksums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    (checkpoint / "sha256.json").write_text(json.dumps(checksums))
-
-
-def random_gpt2(directory, **changes):
-    """Save a random GPT2LMHeadModel of transformers over bytes in directory, and return it."""
-    import transformers  # imported here because it is slow
-
-    shape = {"vocab_size": 257, "n_positions": 40, "n_layer": 3, "n_head": 3, "n_embd": 48, "n_inner": 100}
-    config = transformers.GPT2Config(**{**shape, "activation_function": "relu", **changes})
-    model = transformers.GPT2LMHeadModel(config).eval()
-    model.save_pretrained(directory)
-    return model
-
-
-# -------------------------------------------------------------------------------------- shards
-def write_npy(path, tokens):
-    """A shard in NumPy's format, as build-nanogpt writes it."""
-    np.save(path, np.asarray(tokens, dtype=np.uint16))
-
-
-def write_bin(path, tokens):
-    """A shard in llm.c's format: 256 int32 (magic, version, count, zeros), then the tokens."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = 20240520, 1, len(tokens)
-    Path(path).write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
-
-
-def write_data_set(directory, train, val, vocab_size=257):
-    """A data set with meta.json from lists of token arrays, one a shard; returns its directory."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = {257: "bytes", 50257: "gpt2"}[vocab_size]
-    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size, "eot_token": vocab_size - 1, "source": {}, "shards": []}
-    for split, shards in (("train", train), ("val", val)):
-        for i, tokens in enumerate(shards):
-            file = f"tiny_{split}_{i:06d}.npy"
-            write_npy(directory / file, tokens)
-            meta["shards"].append({"file": file, "split": split, "tokens": len(tokens), "sha256": ""})
-    (directory / "meta.json").write_text(json.dumps(meta))
-    return directory
-
-
-def read_windows(path, block_size):
-    """The windows of a .npy shard, by brute force: rows of block_size + 1 tokens that share their ends."""
-    tokens = np.load(path, allow_pickle=False).tolist()
-    return [tokens[i : i + block_size + 1] for i in range(0, len(tokens) - block_size, block_size)]
-
-
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory):
-    """The first 30,000 characters of input.txt."""
-    path = tmp_path_factory.mktemp("text") / "excerpt.txt"
-    path.write_text((ROOT / "input.txt").read_text(encoding="utf-8")[:30_000], encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="session")
-def byte_shards(tmp_path_factory, text_file):
-    """The data set that prepare_shakespeare.py makes of text_file, a token a byte."""
-    directory = tmp_path_factory.mktemp("data") / "excerpt"
-    done = call("prepare_shakespeare", "--input", text_file, "--out_dir", directory)
-    assert done.returncode == 0, done.stderr
-    return directory
-
-
-@pytest.fixture
-def random_shards(tmp_path):
-    """A data set of random bytes: two training shards and one for validation; tests may damage it."""
-    rng = np.random.default_rng(0)
-    return write_data_set(
-        tmp_path / "data", [rng.integers(256, size=n) for n in (700, 333)], [rng.integers(256, size=99)]
-    )
-
-
-# ------------------------------------------------------------------------------ optional things
-@pytest.fixture
-def tiktoken_cache():
-    """The folder with GPT-2's vocabulary, which TIKTOKEN_CACHE_DIR names in every test."""
-    if not (SHARED / "tiktoken_cache").is_dir():
-        pytest.skip("GPT-2's vocabulary is not in ../shared/tiktoken_cache")
-    return SHARED / "tiktoken_cache"
-
-
-@pytest.fixture(scope="session")
-def tiny_shakespeare():
-    """The real Tiny Shakespeare."""
-    path = SHARED / "data" / "tinyshakespeare" / "input.txt"
-    if not path.exists():
-        pytest.skip("Tiny Shakespeare is not in ../shared/data/tinyshakespeare")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    """Every test starts from the same random state."""
-    torch.manual_seed(0)
