@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import py_compile
 import re
 import runpy
 import signal
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -167,6 +168,7 @@ class Run:
 
     def __init__(self, *flags, ranks=1, before=None):
         self.folder = Path(tempfile.mkdtemp())
+        compiled_trainer()
         self.processes = []
         for rank in range(ranks):
             arguments = (self.folder, rank, ranks, flags, before)
@@ -204,7 +206,14 @@ def run_rank(folder, rank, ranks, flags, before):
     if before:
         before(rank)
     sys.argv = ["train_gpt2.py", *map(str, flags)]
-    runpy.run_path(str(ROOT / "train_gpt2.py"), run_name="__main__")
+    runpy.run_path(compiled_trainer(), run_name="__main__")
+
+
+@cache
+def compiled_trainer():
+    """Return the path of train_gpt2.py as bytecode, because it is long and starts often."""
+    path = tempfile.mktemp(suffix=".pyc")
+    return py_compile.compile(str(ROOT / "train_gpt2.py"), path, doraise=True)
 
 
 # --------------------------------------------------------------------------------------- faults
@@ -526,6 +535,14 @@ def random_shards(tmp_path):
     rng = np.random.default_rng(0)
     train = [rng.integers(256, size=700), rng.integers(256, size=333)]
     return write_data_set(tmp_path / "data", train, [rng.integers(256, size=99)])
+
+
+def replace_tokens(path):
+    """Write other tokens to the first shard, with their checksum in meta.json: nothing is damaged."""
+    write_npy(path, np.load(path)[::-1])
+    shards = json.loads((path.parent / "meta.json").read_text())["shards"]
+    shards[0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit_json(path.parent / "meta.json", shards=shards)
 
 
 # ------------------------------------------------------------------------------ optional things
