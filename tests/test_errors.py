@@ -1,0 +1,277 @@
+"""Mistakes that people make, for all scripts.
+
+Each ends with one line on stderr that says what is wrong and what to do, and writes nothing.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import (
+    NO_SHAPE,
+    TINY,
+    Run,
+    assert_user_error,
+    call,
+    edit_json,
+    random_gpt2,
+    replace_tokens,
+    run,
+    tiny_flags,
+)
+
+SHAPE = "--n_layer 2 --n_head 2 --n_embd 32"
+RESUME = f"{SHAPE} --log_dir run --resume"  # run is a run of SHAPE on data
+FROM_MODEL = "--log_dir new --init_from"
+
+MISTAKES = [  # script, flags, words that the line contains
+    ("bigram", "--input nowhere.txt", "nowhere.txt --input"),
+    ("bigram", "--input empty", "empty --input"),
+    ("bigram", "--input empty.txt", "empty.txt"),
+    ("bigram", "--input latin1.txt", "latin1.txt UTF-8"),
+    ("bigram", "--input short.txt --block_size 16", "--block_size 16"),
+    ("bigram", "--block_size 0", "--block_size 0"),
+    ("bigram", "--max_steps ten", "--max_steps ten"),
+    ("bigram", "--learning_rate -1", "--learning_rate -1"),
+    ("bigram", "--device toaster", "--device toaster"),
+    ("gpt", "--input nowhere.txt", "nowhere.txt --input"),
+    ("gpt", "--input short.txt --block_size 16", "--block_size 16"),
+    ("gpt", "--n_embd 30 --n_head 4", "--n_embd 30 --n_head 4"),
+    ("gpt", "--dropout 1.5", "--dropout 1.5"),
+    ("gpt", "--preset huge", "--preset huge"),
+    ("gpt", "--activation tanh", "--activation tanh"),
+    ("gpt", "--temperature -1", "--temperature -1"),
+    ("gpt", "--device toaster", "--device toaster"),
+    ("gpt", "--input text.txt --prompt naïve", "--prompt ï"),
+    ("gpt", "--load nowhere.pt", "nowhere.pt"),
+    ("gpt", "--load text.txt", "text.txt --load"),
+    ("prepare_shakespeare", "--input nowhere.txt", "nowhere.txt --input"),
+    ("prepare_shakespeare", "--input empty.txt", "empty.txt --input"),
+    ("prepare_shakespeare", "--input latin1.txt", "latin1.txt UTF-8"),
+    ("prepare_shakespeare", "--input short.txt", "short.txt --val_fraction"),
+    ("prepare_shakespeare", "--input text.txt --val_fraction 1.0", "--val_fraction 1.0"),
+    ("prepare_shakespeare", "--input text.txt --tokenizer words", "--tokenizer words"),
+    ("prepare_shakespeare", "--input text.txt --out_dir text.txt", "text.txt --out_dir"),
+    ("prepare_shakespeare", "--input text.txt --out_dir model", "model --out_dir"),
+    ("fineweb", "--source nowhere/*.parquet", "nowhere/*.parquet --source"),
+    ("fineweb", "--source broken.parquet", "broken.parquet"),
+    ("fineweb", "--source texts.parquet --text_column body", "body texts.parquet"),
+    ("fineweb", "--source texts.parquet --text_column id", "id int64"),
+    ("fineweb", "--source texts.parquet --shard_size 0", "--shard_size 0"),
+    ("fineweb", "--source texts.parquet --local_dir model", "model --local_dir"),
+    ("fineweb", "--source texts.parquet --local_dir text.txt", "text.txt"),
+    ("fineweb", "--verify empty", "empty"),
+    ("fineweb", "--verify nowhere", "nowhere"),
+    ("hellaswag", "--model nowhere/model", "nowhere/model"),
+    ("hellaswag", "--model empty", "empty config.json"),
+    ("hellaswag", "--model model --data nowhere.jsonl", "nowhere.jsonl --data"),
+    ("hellaswag", "--model model --data text.txt", "text.txt --data"),
+    ("hellaswag", "--model model --data bad.jsonl", "bad.jsonl 2 label 4"),
+    ("hellaswag", "--model model --data broken.parquet", "broken.parquet --data"),
+    ("hellaswag", "--model model --data good.jsonl --limit 0", "--limit 0"),
+    ("hellaswag", "--model model --data good.jsonl --output nowhere/a.json", "--output nowhere/a.json"),
+    ("hellaswag", "--model model --data good.jsonl --device cuda:99", "--device cuda:99"),
+    ("sample", "", "log train_gpt2.py --model"),
+    ("sample", "--model nowhere/model", "nowhere/model"),
+    ("sample", "--model model/model.safetensors", "model/model.safetensors"),
+    ("sample", "--model empty", "empty config.json"),
+    ("sample", "--model llama", "llama model_type"),
+    ("sample", "--model pickled", "pickled"),
+    ("sample", "--model gpt2", "gpt2"),
+    ("sample", "--model model --device abacus", "--device abacus"),
+    ("sample", "--model model --num_samples 0", "--num_samples 0"),
+    ("sample", "--model model --temperature -0.5", "--temperature -0.5"),
+    ("sample", "--model model --top_p 1.5", "--top_p 1.5"),
+    ("sample", f"--model model --prompt {'x' * 17}", "17 16"),
+    ("plot", "nowhere", "nowhere/log.txt"),
+    ("plot", "model", "model/log.txt"),
+    ("plot", "empty_log", "empty_log/log.txt"),
+    ("plot", "run --output nowhere/a.png", "nowhere/a.png --output"),
+    ("plot", "run --output a.foo", "a.foo"),
+    ("plot", "run --tokens_per_step 0", "--tokens_per_step 0"),
+    ("train_gpt2", "--data_dir nowhere", "nowhere prepare_shakespeare.py fineweb.py"),
+    ("train_gpt2", "--data_dir empty", "empty"),
+    ("train_gpt2", "--data_dir no_val", "no_val val"),
+    ("train_gpt2", f"{SHAPE} --block_size 4096 --total_batch_size 32768", "--block_size 4096"),
+    ("train_gpt2", f"{SHAPE} --total_batch_size 100", "--total_batch_size 100 --micro_batch_size --block_size 16"),
+    ("train_gpt2", f"{SHAPE} --total_batch_size 192 --micro_batch_size 8", "--total_batch_size 192 8"),
+    ("train_gpt2", "--n_embd 30 --n_head 4", "--n_embd 30 --n_head 4"),
+    ("train_gpt2", "--preset gpt5", "--preset gpt5"),
+    ("train_gpt2", "--dtype int8", "--dtype int8"),
+    ("train_gpt2", "--optimizer sgd", "--optimizer sgd"),
+    ("train_gpt2", "--schedule constant", "--schedule constant"),
+    ("train_gpt2", "--device toaster", "--device toaster"),
+    ("train_gpt2", "--dropout 1.0", "--dropout 1.0"),
+    ("train_gpt2", "--max_steps 0", "--max_steps 0"),
+    ("train_gpt2", "--max_steps 1.5", "--max_steps 1.5"),
+    ("train_gpt2", "--learning_rate nan", "--learning_rate nan"),
+    ("train_gpt2", "--weight_decay -0.1", "--weight_decay -0.1"),
+    ("train_gpt2", "--grad_clip 0", "--grad_clip 0"),
+    ("train_gpt2", "--micro_batch_size many", "--micro_batch_size many"),
+    ("train_gpt2", "--no_such_flag 1", "--no_such_flag 1"),
+    ("train_gpt2", f"{SHAPE} --log_dir run", "run --resume"),
+    ("train_gpt2", f"{SHAPE} --log_dir text.txt", "text.txt"),
+    ("train_gpt2", f"{RESUME} --n_layer 3", "--n_layer 3 2"),
+    ("train_gpt2", f"{RESUME} --block_size 8", "--block_size 8 16"),
+    ("train_gpt2", f"{RESUME} --seed 7", "--seed 7 1337"),
+    ("train_gpt2", f"{RESUME} --no-shuffle", "--shuffle False True"),
+    ("train_gpt2", f"{RESUME} --dropout 0.1", "--dropout 0.1 0.0"),
+    ("train_gpt2", f"{RESUME} --total_batch_size 256", "--total_batch_size 256 128"),
+    ("train_gpt2", f"{RESUME} --optimizer muon", "--optimizer muon adamw"),
+    ("train_gpt2", f"{RESUME} --learning_rate 0.002", "--learning_rate 0.002 0.001"),
+    ("train_gpt2", f"{RESUME} --schedule linear", "--schedule linear cosine"),
+    ("train_gpt2", f"{RESUME} --warmup_steps 3", "--warmup_steps 3 2"),
+    ("train_gpt2", f"{RESUME} --max_steps 9", "--max_steps 9 5 --init_from"),
+    ("train_gpt2", f"{RESUME} --weight_decay 0.2", "--weight_decay 0.2 0.1"),
+    ("train_gpt2", f"{RESUME} --grad_clip 2", "--grad_clip 2.0 1.0"),
+    ("train_gpt2", f"{RESUME} --data_dir other_data", "--data_dir"),
+    ("train_gpt2", f"{FROM_MODEL} nowhere/model", "nowhere/model"),
+    ("train_gpt2", f"{FROM_MODEL} empty", "empty config.json"),
+    ("train_gpt2", f"{FROM_MODEL} llama", "llama model_type"),
+    ("train_gpt2", f"{FROM_MODEL} wider", "wider"),
+    ("train_gpt2", f"{FROM_MODEL} gpt2", "gpt2"),
+    ("train_gpt2", f"{FROM_MODEL} model --n_layer 3", "--n_layer --init_from"),
+    ("train_gpt2", f"{FROM_MODEL} model --block_size 32 --total_batch_size 256", "16 --block_size 32"),
+    ("train_gpt2", f"{FROM_MODEL} gpt2_model", "gpt2_model data gpt2 bytes"),
+]
+
+EXAMPLE = {"ind": 5, "label": 1, "ctx": "a", "endings": ["b", "c", "d", "e"]}
+
+
+@pytest.fixture(scope="module")
+def folder(byte_shards, text_file, tmp_path_factory):
+    """A directory with data, models, a run, and files that cannot be used."""
+    folder = tmp_path_factory.mktemp("folder")
+    for name in ("empty", "empty_log", "llama"):
+        (folder / name).mkdir()
+    (folder / "empty_log" / "log.txt").touch()
+    (folder / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "empty.txt").touch()
+    (folder / "short.txt").write_text("a")
+    (folder / "text.txt").write_text(text_file.read_text())
+    (folder / "latin1.txt").write_bytes("Ein schöner Text. ".encode("latin-1") * 100)
+    (folder / "good.jsonl").write_text(json.dumps(EXAMPLE))
+    (folder / "bad.jsonl").write_text(json.dumps(EXAMPLE) + "\n" + json.dumps({**EXAMPLE, "label": 4}))
+    pq.write_table(pa.table({"id": [1, 2], "text": ["one", "two"]}), folder / "texts.parquet")
+    content = (folder / "texts.parquet").read_bytes()
+    (folder / "broken.parquet").write_bytes(content[: len(content) // 2])
+
+    for name in ("model", "pickled", "wider"):
+        random_gpt2(folder / name, n_positions=16, n_layer=1, n_head=1, n_embd=8)
+    (folder / "pickled" / "model.safetensors").rename(folder / "pickled" / "pytorch_model.bin")
+    edit_json(folder / "wider" / "config.json", n_embd=16)
+    random_gpt2(folder / "gpt2_model", vocab_size=50257, n_positions=16, n_layer=1, n_head=1, n_embd=8)
+
+    shutil.copytree(byte_shards, folder / "data")
+    shutil.copytree(byte_shards, folder / "other_data")
+    replace_tokens(folder / "other_data" / "excerpt_train_000000.npy")
+    shutil.copytree(byte_shards, folder / "no_val", ignore=shutil.ignore_patterns("meta.json", "*_val_*"))
+    done = call("train_gpt2", *TINY, "--data_dir", folder / "data", "--log_dir", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def files_in(directory):
+    """Return {path: content} of all files below a directory except for locks."""
+    paths = [path for path in directory.rglob("*") if path.is_file() and path.name != "lock"]
+    return {path: path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("script, flags, words", MISTAKES, ids=[f"{script} {flags}" for script, flags, _ in MISTAKES])
+def test_a_mistake_is_one_line(script, flags, words, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = files_in(folder)
+    flags = shlex.split(flags)
+    if script == "train_gpt2":
+        flags = [*NO_SHAPE, "--log_dir", "new", "--data_dir", "data", *flags]
+    if script == "fineweb":  # it may keep what it has done before it finds a damaged file
+        flags = ["--local_dir", tmp_path / "out", *flags]
+    done = call(script, *flags)
+    statuses = [1, 2] if script in ("bigram", "gpt") else [2]
+    assert_user_error(done, *words.split(), statuses=statuses)
+    assert "loss" not in done.stdout, "the mistake was found after slow work"
+    assert files_in(folder) == before
+
+
+# --------------------------------------------------------------------- mistakes of an environment
+@pytest.mark.parametrize("script", ["prepare_shakespeare", "fineweb", "hellaswag", "sample"])
+def test_a_vocabulary_that_cannot_be_downloaded_is_one_line(script, folder, tmp_path, monkeypatch):
+    flags = {
+        "prepare_shakespeare": "--input text.txt --tokenizer gpt2",
+        "fineweb": "--source texts.parquet --tokenizer gpt2",
+        "hellaswag": "--prepare --data good.jsonl",
+        "sample": "--model gpt2_model",
+    }
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    monkeypatch.chdir(folder)
+    before = files_in(folder)
+    assert_user_error(call(script, *shlex.split(flags[script])), "TIKTOKEN_CACHE_DIR")
+    assert files_in(folder) == before
+
+
+def test_missing_data_is_one_line_in_a_process(tmp_path):
+    done = run("train_gpt2", "--device", "cpu", cwd=tmp_path)
+    assert_user_error(done, "edu_fineweb10B", "prepare_shakespeare.py", "fineweb.py")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_world_size_without_torchrun_is_refused(missing, folder, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv(missing)
+    done = call("train_gpt2", *TINY, "--data_dir", folder / "data")
+    assert_user_error(done, "WORLD_SIZE", missing, "torchrun")
+
+
+def pretend_to_be_under_torchrun(monkeypatch, **variables):
+    """Set the variables of torchrun's environment."""
+    settings = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, **variables}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_device_that_processes_cannot_share_is_refused(folder, monkeypatch):
+    """As torchrun on a Mac, whose device is mps."""
+    mps = torch.device("mps")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: mps)
+    pretend_to_be_under_torchrun(monkeypatch)
+    done = call("train_gpt2", *tiny_flags(device="auto"), "--data_dir", folder / "data")
+    assert_user_error(done, "mps", "2", "--device cpu")
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_refused(device, folder, monkeypatch):
+    """The first rank of the second machine reports it: the first machine may have enough GPUs."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    pretend_to_be_under_torchrun(monkeypatch, RANK=4, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
+    done = call("train_gpt2", *tiny_flags(device=device), "--data_dir", folder / "data")
+    assert_user_error(done, "--nproc_per_node", "--device cpu")
+
+
+def test_a_mistake_on_three_ranks_is_reported_once(folder, tmp_path):
+    """A batch of 128 tokens cannot be divided by 3 processes."""
+    flags = [*TINY, "--data_dir", folder / "data", "--log_dir", tmp_path / "log"]
+    results = Run(*flags, ranks=3).wait()
+    assert [done.returncode for done in results] == [2, 2, 2]
+    err = "".join(done.stderr for done in results)
+    assert_user_error(subprocess.CompletedProcess([], 2, "", err), "--total_batch_size 128", "3")
+    assert not (tmp_path / "log").exists()
+
+
+def test_after_a_mistake_the_corrected_command_works(folder, tmp_path):
+    flags = [*NO_SHAPE, "--max_steps", 1, "--data_dir", folder / "data", "--log_dir", tmp_path / "log"]
+    assert_user_error(call("train_gpt2", *flags, "--init_from", folder / "modle"), "modle")
+    done = call("train_gpt2", *flags, "--init_from", folder / "model")
+    assert (done.returncode, done.stderr) == (0, "")
