@@ -148,7 +148,7 @@ def run(script, *args, env=None, cwd=None):
     """Run a script with flags args in a process of its own. Returns its CompletedProcess."""
     environment = {**os.environ, **(env or {})}
     line = command(script, *args)
-    return subprocess.run(line, env=environment, cwd=cwd, capture_output=True, text=True, timeout=100)
+    return subprocess.run(line, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def torchrun(n, script, *args, cwd=None):
