@@ -732,6 +732,21 @@ def test_schedules_warm_up_to_the_peak_and_end_low(schedule):
         assert rates[100] == pytest.approx(0.0)
 
 
+def test_training_mode_is_on_in_steps_and_off_in_evaluations(tmp_path):
+    """So dropout is."""
+    modes = set()
+
+    def record(module, args):
+        modes.add((torch.is_grad_enabled(), module.training))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(record)
+    try:
+        train(tmp_path, max_steps=4, eval_interval=2, dropout=0.5)
+    finally:
+        hook.remove()
+    assert modes == {(True, True), (False, False)}
+
+
 # ----------------------------------------------------------------------------------------- muon
 @pytest.mark.parametrize("shape", [(3, 40, 40), (1, 24, 80), (1, 80, 24)], ids=str)
 def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_singular_vectors(shape):
