@@ -82,9 +82,10 @@ def randomize(model):
     """Make every weight, bias and gain random and large, so that no term of the computation is too small to see."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.3)
+            parameter.normal_(std=0.2)
             if "ln_" in name and name.endswith("weight"):
                 parameter.add_(1.0)
+            parameter.copy_(parameter.bfloat16())  # so that a file in 16 bits has the same weights
     return model
 
 
@@ -186,22 +187,19 @@ COMPARE = {"train_gpt2": compare_trainer, "sample": compare_sample, "hellaswag":
 
 @gpt2
 @for_all_scripts
-def test_the_model_equals_that_of_transformers(tmp_path, script, shape, device):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_model_equals_that_of_transformers(tmp_path, script, shape, dtype, device):
     theirs = random_reference(tmp_path, **shape)
-    assert COMPARE[script](tmp_path, theirs, device, "float32") < TOLERANCES[device, "float32"]
-
-
-@gpt2
-@for_all_scripts
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_model_agrees_with_transformers_in_16_bits(tmp_path, script, device, dtype):
-    theirs = random_reference(tmp_path)
     assert COMPARE[script](tmp_path, theirs, device, dtype) < TOLERANCES[device, dtype]
 
 
-def assert_same_loss_and_gradients(ours, theirs, tokens, dtype="float32"):
-    """Compare our model with transformers' on windows of tokens (B, T + 1), through the backward pass."""
-    device, scale = tokens.device.type, 1024 if dtype == "float16" else 1  # small float16 numbers become 0
+@gpt2
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss_and_gradients_equal_those_of_transformers(tmp_path, shape, dtype, device):
+    theirs = random_reference(tmp_path, **shape).to(device)
+    ours = GPT.from_pretrained(str(tmp_path)).to(device).eval()
+    tokens = torch.randint(shape["vocab_size"], (3, shape["n_positions"])).to(device)
+    scale = 1024 if dtype == "float16" else 1  # small float16 numbers become 0
     with autocast(device, dtype):
         _, loss = ours(tokens[:, :-1], tokens[:, 1:])
         logits = theirs(tokens[:, :-1]).logits.float()
@@ -218,32 +216,6 @@ def assert_same_loss_and_gradients(ours, theirs, tokens, dtype="float32"):
             grad = grad[: theirs.config.vocab_size]
         difference = relative_difference(grad, expected_grads[name])
         assert difference < (10 * TOLERANCES[device, dtype] if dtype == "float32" else 0.15), name
-
-
-@gpt2
-def test_loss_and_gradients_equal_those_of_transformers(tmp_path, shape, device):
-    theirs = random_reference(tmp_path, **shape).to(device)
-    ours = GPT.from_pretrained(str(tmp_path)).to(device).eval()
-    tokens = torch.randint(shape["vocab_size"], (3, shape["n_positions"])).to(device)
-    assert_same_loss_and_gradients(ours, theirs, tokens)
-
-
-@gpt2
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_loss_and_gradients_agree_with_transformers_in_16_bits(tmp_path, device, dtype):
-    theirs = reference_of(GPT(tiny_config(n_embd=64)), tmp_path).to(device)
-    ours = GPT.from_pretrained(str(tmp_path)).to(device).eval()
-    assert_same_loss_and_gradients(ours, theirs, torch.randint(257, (8, 20)).to(device), dtype)
-
-
-@gpt2
-@pytest.mark.parametrize("vocab_size", [65, 256, 1000])
-def test_vocabularies_below_at_and_above_a_multiple_of_128_equal_transformers(tmp_path, vocab_size):
-    ours = randomize(GPT(tiny_config(vocab_size=vocab_size)))
-    theirs = reference_of(ours, tmp_path)
-    tokens = torch.randint(vocab_size, (3, 20))
-    assert relative_difference(ours(tokens)[0], theirs(tokens).logits) < 1e-5
-    assert_same_loss_and_gradients(ours, theirs, tokens)
 
 
 @gpt2
@@ -359,6 +331,10 @@ def store_the_head(directory, difference=0.0):
     add_tensor("lm_head.weight", embedding + difference)(directory)
 
 
+def store_in_16_bits(directory):
+    change_weights(directory, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+
 def put_into_a_run(directory):
     """Make directory that of a run, whose newest checkpoint is the first one in alphabetical order."""
     files = list(directory.iterdir())
@@ -373,6 +349,7 @@ LAYOUTS = {
     "several files": ({}, split_into_files),
     "the Hub's gpt2": ({}, store_as_on_the_hub),
     "a stored head": ({}, store_the_head),
+    "16 bits": ({}, store_in_16_bits),
     "missing fields": ({}, partial(change_config, activation_function=None, layer_norm_epsilon=None)),
     "n_inner of 4 n_embd": ({}, partial(change_config, n_inner=128)),
     "a padding token": ({"vocab_size": 258}, lambda directory: None),
@@ -389,16 +366,6 @@ def test_a_directory_as_people_have_it_loads(tmp_path, script, layout):
     theirs = random_reference(tmp_path, **changes)
     change(tmp_path)
     assert COMPARE[script](tmp_path, theirs, "cpu", "float32") < 1e-5
-
-
-@gpt2
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_of_16_bits_load_as_float32(tmp_path, dtype):
-    theirs = random_reference(tmp_path).to(dtype)
-    theirs.save_pretrained(tmp_path)
-    assert compare_trainer(tmp_path, theirs.float(), "cpu", "float32") < 1e-5
-    ours = GPT.from_pretrained(str(tmp_path))
-    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
 
 
 @gpt2
@@ -701,22 +668,6 @@ def test_gradients_are_clipped_together_to_the_given_norm(tmp_path, dtype):
     assert max(norms) > 1
 
 
-def test_every_optimizer_steps_with_the_learning_rate_of_the_schedule(tmp_path):
-    rates = []
-
-    def record(optimizer):
-        rates.append([group["lr"] for group in optimizer.param_groups])
-
-    log = train(tmp_path, record, optimizer="muon", schedule="cosine", max_steps=8, warmup_steps=3, learning_rate=1e-2)
-    expected = [0.01 / 3, 0.02 / 3, 0.01]
-    for step in range(3, 8):
-        expected.append(1e-3 + 9e-3 * (1 + math.cos(math.pi * (step - 3) / 5)) / 2)
-    for step, rate in enumerate(expected):
-        assert log[step, "lr"] == pytest.approx(rate, rel=1e-4)
-        muon, adamw = rates[2 * step : 2 * step + 2]
-        assert [*muon, *adamw] == pytest.approx([rate] * 3)
-
-
 @pytest.mark.parametrize("schedule", train_gpt2.SCHEDULES)
 def test_schedules_warm_up_to_the_peak_and_end_low(schedule):
     rates = [train_gpt2.SCHEDULES[schedule](step, 2.0, 10, 100) for step in range(101)]
@@ -752,22 +703,17 @@ def test_training_mode_is_on_in_steps_and_off_in_evaluations(tmp_path):
 def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_singular_vectors(shape):
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     singular_values = torch.logspace(1, -1, u.shape[-1])  # from 10 down to 0.1
-    result = train_gpt2.orthogonalize(u @ torch.diag(singular_values) @ v)
+    matrices = u @ torch.diag(singular_values) @ v
+    with FlopCounterMode(display=False) as counter:
+        result = train_gpt2.orthogonalize(matrices)
     rotated = u.mT @ result @ v.mT  # diagonal if the singular vectors are the same
     diagonal = rotated.diagonal(dim1=-2, dim2=-1)
     assert (rotated - torch.diag_embed(diagonal)).abs().max() < 1e-3
     assert diagonal.min() > 0.5
     assert diagonal.max() < 1.3
-
-
-def test_orthogonalize_computes_as_much_for_a_tall_matrix_as_for_a_wide_one():
-    """The smaller of the two products x x^T and x^T x is enough."""
-    counts = []
-    for shape in ((1, 24, 80), (1, 80, 24)):
-        with FlopCounterMode(display=False) as counter:
-            train_gpt2.orthogonalize(torch.randn(shape))
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] == 5 * 2 * (24 * 24 * 80 + 24 * 24 * 24 + 24 * 24 * 80)
+    # the smaller of the products x x^T and x^T x is enough
+    m, n = sorted(shape[1:])
+    assert counter.get_total_flops() == shape[0] * 5 * 2 * (2 * m * m * n + m**3)
 
 
 def muon_of(model, rank=0, world_size=1):
