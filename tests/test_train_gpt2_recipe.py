@@ -196,7 +196,7 @@ def constant_shards(directory):
 
 def dropout_losses(directory, log_dir, seed, dropout=0.5):
     """Train five steps on equal windows with a learning rate of practically 0; returns the losses."""
-    flags = tiny_flags(learning_rate=1e-30, weight_decay=0, dropout=dropout, seed=seed, max_new_tokens=1)
+    flags = tiny_flags(learning_rate=1e-12, weight_decay=0, dropout=dropout, seed=seed, max_new_tokens=1)
     done = call("train_gpt2", *flags, "--data_dir", directory, "--log_dir", log_dir)
     assert done.returncode == 0, done.stderr
     return list(losses(log_dir).values())
@@ -226,7 +226,7 @@ def test_dropout_differs_between_ranks(tmp_path, monkeypatch):
             return average_over_ranks(loss, *rest)
 
         module.average_over_ranks = record
-        flags = tiny_flags(learning_rate=1e-30, weight_decay=0, dropout=0.5, micro_batch_size=4, max_new_tokens=1)
+        flags = tiny_flags(learning_rate=1e-12, weight_decay=0, dropout=0.5, micro_batch_size=4, max_new_tokens=1)
         done = call(module, *flags, "--data_dir", directory, "--log_dir", tmp_path / f"rank_{rank}")
         assert done.returncode == 0, done.stderr
     assert len(rank_losses) == len(set(rank_losses)) == 10
