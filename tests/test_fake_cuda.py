@@ -85,6 +85,7 @@ def results(folder):
         commands[f"hellaswag {dtype}"] = ["hellaswag", *flags, *examples]
     for sequences in (0, *MEMORY):
         changes = {"micro_batch_size": None, "total_batch_size": 64 * 16, "max_steps": 1, "data_dir": folder / "bytes"}
+        changes["warmup_steps"] = 0
         commands[f"memory {sequences}"] = training(folder, f"log_{sequences}", **changes)
         memory[f"memory {sequences}"] = sequences
     # run them
