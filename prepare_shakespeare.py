@@ -272,6 +272,7 @@ def main():
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "val_fraction": args.val_fraction,
     }
+    del text  # the parts are copies: a long text should not be in memory twice
     if is_written(args.out_dir, args.tokenizer, source):
         print(f"{args.out_dir} already contains this data set")
         return
