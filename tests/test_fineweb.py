@@ -5,14 +5,12 @@ promise is tested again and again: whatever happens to a run, the same command e
 of an undisturbed run. RANDOM_KILLS=20 repeats the test with random SIGKILLs 20 times, not twice.
 """
 
-import gc
 import glob
 import hashlib
 import itertools
 import json
 import os
 import random
-import re
 import runpy
 import shlex
 import shutil
@@ -35,6 +33,7 @@ from conftest import (
     at_disk_change,
     call,
     command,
+    flip_bit,
     truncate,
     write_bin,
 )
@@ -68,6 +67,14 @@ def write_parquet(path, texts, kind=None, **options):
     pq.write_table(table, path, row_group_size=100, **options)
 
 
+def write_json_lines(path, texts):
+    """Write JSON lines, compressed as the name says, with fields that differ from line to line."""
+    with pa.output_stream(path, compression="detect") as file:
+        for i, text in enumerate(texts):
+            line = {"text": text, "id": str(i) if i % 2 else i, "meta": {"tags": ["a"]}}
+            file.write(json.dumps(line).encode() + b"\n")
+
+
 def encode_bytes(text):
     return list(text.encode())
 
@@ -87,7 +94,7 @@ def contents(directory, ending=""):
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
-def read_shards(directory, shard_size):
+def read_shards(directory, shard_size, name="shard"):
     """Check the files of a finished directory. Returns the tokens of all shards in order."""
     meta = json.loads((directory / "meta.json").read_text())
     names = [shard["file"] for shard in meta["shards"]]
@@ -96,7 +103,7 @@ def read_shards(directory, shard_size):
     for i, shard in enumerate(meta["shards"]):
         split = "train" if i else "val"
         assert shard["split"] == split
-        assert re.fullmatch(rf"[a-z]+_{split}_{i:06d}\.npy", shard["file"])
+        assert shard["file"] == f"{name}_{split}_{i:06d}.npy"
         path = directory / shard["file"]
         array = np.load(path, allow_pickle=False)
         assert array.dtype == np.dtype("<u2")
@@ -308,6 +315,52 @@ def test_text_columns_of_every_type_give_the_same_tokens(data, tmp_path, kind):
     assert contents(tmp_path / "out", ".npy") == data["shards"]
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_json_lines_give_the_tokens_of_their_texts(data, tmp_path, ending):
+    texts = [*data["texts"], "a long document " * 200_000]
+    paths = [tmp_path / f"0.{ending}", tmp_path / f"1.{ending}"]
+    write_json_lines(paths[0], texts[:500])
+    write_json_lines(paths[1], texts[500:])
+    flags = [*BYTES, "--source", *paths, "--shard_size", 100_003]
+    succeed(*flags, "--local_dir", tmp_path / "out")
+    assert read_shards(tmp_path / "out", 100_003) == reference(texts)
+
+
+# ----------------------------------------------------------------------------------- small data
+@pytest.mark.parametrize("extra", [0, 1, 10**6])
+def test_the_last_tenth_of_small_data_is_for_validation(data, tmp_path, extra):
+    """All tokens fit into one shard, which may be larger than the data by some extra tokens."""
+    expected = reference(data["texts"])
+    flags = [*BYTES, "--source", *data["paths"], "--shard_size", len(expected) + extra]
+    printed = succeed(*flags, "--local_dir", tmp_path / "out")
+    val = np.load(tmp_path / "out/shard_val_000000.npy").tolist()
+    train = np.load(tmp_path / "out/shard_train_000001.npy").tolist()
+    assert train + val == expected
+    assert val[0] == END_OF_TEXT
+    longest = max(len(encode_bytes(text or "")) for text in data["texts"])
+    assert 0.1 * len(expected) - longest - 1 <= len(val) <= 0.1 * len(expected)
+    assert f"{len(val):,}" in printed
+    # the same command again, and --verify, accept the directory
+    before = contents(tmp_path / "out")
+    succeed(*flags, "--local_dir", tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    succeed("--verify", tmp_path / "out")
+
+
+@pytest.mark.parametrize("texts", [["a", "b" * 1000], ["a" * 1000, "b"]])
+def test_small_data_have_at_least_one_document_for_validation(tmp_path, texts):
+    write_json_lines(tmp_path / "in.jsonl", texts)
+    succeed(*BYTES, "--source", tmp_path / "in.jsonl", "--local_dir", tmp_path / "out")
+    shards = [np.load(tmp_path / "out" / name) for name in ("shard_train_000001.npy", "shard_val_000000.npy")]
+    assert [shard.tolist() for shard in shards] == [reference([text]) for text in texts]
+
+
+def test_a_limit_below_one_shard_makes_two_shards(data, tmp_path):
+    succeed(*data["flags"], "--max_tokens", 5000, "--local_dir", tmp_path / "out")
+    shards = [np.load(tmp_path / "out" / name) for name in ("shard_train_000001.npy", "shard_val_000000.npy")]
+    assert np.concatenate(shards).tolist() == reference(data["texts"])[:5000]
+
+
 # -------------------------------------------------------------------------------- interruptions
 @posix
 @pytest.mark.parametrize("seed", range(int(os.environ.get("RANDOM_KILLS", "2"))))
@@ -332,9 +385,13 @@ def test_a_run_killed_at_random_moments_continues_to_the_same_shards(data, tmp_p
 
 
 @posix
-def test_a_run_may_die_between_any_two_changes_of_the_disk(data, tmp_path):
-    shard_size = len(reference(data["texts"])) // 3 + 1
-    flags = [*BYTES, "--source", *data["paths"], "--shard_size", shard_size]
+@pytest.mark.parametrize(("ending", "num_shards"), [("parquet", 3), ("jsonl", 2), ("parquet", 1)])
+def test_a_run_may_die_between_any_two_changes_of_the_disk(data, tmp_path, ending, num_shards):
+    """If all tokens fit into one shard, both shards are written at the end."""
+    path = tmp_path / f"in.{ending}"
+    {"parquet": write_parquet, "jsonl": write_json_lines}[ending](path, data["texts"])
+    shard_size = len(reference(data["texts"])) // num_shards + 1
+    flags = [*BYTES, "--source", path, "--shard_size", shard_size]
     succeed(*flags, "--local_dir", tmp_path / "whole")
     for n in range(1, 100):
         directory = tmp_path / f"out{n}"
@@ -401,6 +458,13 @@ MISTAKES = [  # flags, words of the one line on stderr
     ("--source good.parquet truncated.parquet", ["truncated.parquet"]),
     ("--source good.parquet truncated.parquet --local_dir good.parquet", ["good.parquet"]),
     ("--source no_texts.parquet", ["--source", "--text_column"]),
+    ("--source one.jsonl", ["--source", "prepare_shakespeare.py"]),
+    ("--source one.jsonl --text_column body", ["one.jsonl", "body", "--text_column"]),
+    ("--source one.jsonl --text_column id", ["one.jsonl", "id"]),
+    ("--source truncated.jsonl", ["truncated.jsonl"]),
+    ("--source truncated.jsonl.gz", ["truncated.jsonl.gz"]),
+    ("--source not_utf8.jsonl", ["not_utf8.jsonl"]),
+    ("--source text.txt", ["text.txt", "--source", ".jsonl"]),
     ("--verify nowhere", ["nowhere"]),
     ("--verify empty", ["empty"]),
 ]
@@ -415,6 +479,12 @@ def mistakes(data, tmp_path_factory):
     content = data["paths"][0].read_bytes()
     (folder / "good.parquet").write_bytes(content)
     (folder / "truncated.parquet").write_bytes(content[:1000])
+    (folder / "text.txt").write_text("a text")
+    (folder / "not_utf8.jsonl").write_bytes(b'{"text": "\xe9"}\n')
+    for name in ("one.jsonl", "truncated.jsonl", "truncated.jsonl.gz"):
+        write_json_lines(folder / name, ["a text"])
+    for name in ("truncated.jsonl", "truncated.jsonl.gz"):
+        truncate(folder / name)
     return folder
 
 
@@ -424,6 +494,13 @@ def test_a_mistake_is_one_line(flags, words, mistakes, tmp_path, monkeypatch):
     local_dir = [] if "--local_dir" in flags else ["--local_dir", tmp_path / "out"]
     assert_user_error(call("fineweb", *BYTES, *local_dir, *shlex.split(flags)), *words)
     assert not (tmp_path / "out/meta.json").exists()
+
+
+def test_after_a_mistake_the_corrected_command_works(data, tmp_path):
+    flags = [*data["flags"], "--local_dir", tmp_path / "out"]
+    assert_user_error(call("fineweb", *flags, "--text_column", "body"), "body")
+    succeed(*flags)
+    assert contents(tmp_path / "out") == data["files"]
 
 
 @pytest.mark.parametrize(
@@ -454,19 +531,17 @@ def test_other_files_are_refused(data, tmp_path):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_file_replaced_by_one_of_the_same_name_and_size_is_noticed(data, tmp_path, finished):
-    path = tmp_path / "in.parquet"
-    plain = {"compression": "none", "use_dictionary": False}
-    write_parquet(path, data["texts"], **plain)
-    size = path.stat().st_size
-    (tmp_path / "broken.parquet").write_bytes(b"not parquet")
-    source = [path] if finished else [path, tmp_path / "broken.parquet"]
-    flags = [*BYTES, "--shard_size", SHARD_SIZE, "--local_dir", tmp_path / "out", "--source", *source]
+def test_one_changed_bit_of_a_local_file_is_noticed(data, tmp_path, finished):
+    path, broken = tmp_path / "in.parquet", tmp_path / "broken.parquet"
+    write_parquet(path, data["texts"], compression="none", use_dictionary=False)
+    broken.write_bytes(b"not parquet")
+    source = [path] if finished else [path, broken]
+    flags = [*data["flags"], "--source", *source, "--local_dir", tmp_path / "out"]
     call("fineweb", *flags)
     before = contents(tmp_path / "out")
     assert len(before) > 3 and ("meta.json" in before) == finished
-    write_parquet(path, [text and text.replace("the", "THE") for text in data["texts"]], **plain)
-    assert path.stat().st_size == size
+    flip_bit(path)  # of a page: the file remains a valid parquet file
+    assert reference(pq.read_table(path)["text"].to_pylist()) != reference(data["texts"])
     assert_user_error(call("fineweb", *flags), tmp_path / "out", "in.parquet")
     assert contents(tmp_path / "out") == before
 
@@ -544,6 +619,11 @@ def test_verify_names_every_damaged_shard(data, tmp_path):
     assert_user_error(call("fineweb", "--verify", directory), val, *train[:2])
 
 
+def test_verify_refuses_an_unfinished_directory(unfinished):
+    directory, _, _ = unfinished
+    assert_user_error(call("fineweb", "--verify", directory), directory)
+
+
 def test_verify_reads_shards_of_other_projects(tmp_path, tiktoken_cache):
     tokens = np.array([50256, 15496, 995, 50256, 15496], "<u2")  # <|endoftext|>Hello world ...
     (tmp_path / "npy").mkdir()
@@ -601,7 +681,8 @@ def impatient(monkeypatch):
 
 
 def test_troubles_of_the_hub_that_pass_are_waited_for(texts_hub, data, tmp_path, impatient):
-    texts_hub.trouble = [("GET", 429), ("GET", "drop"), ("GET", "truncated"), ("HEAD", 503)]
+    texts_hub.trouble = [("GET", 429), ("GET", "drop"), ("HEAD", 503)]
+    texts_hub.trouble += [("GET", "truncated"), ("GET", "damaged"), ("GET", "damaged")]
     succeed(*HUB_FLAGS, tmp_path / "out")
     assert not texts_hub.trouble
     assert read_shards(tmp_path / "out", SHARD_SIZE) == reference(data["texts"])
@@ -614,7 +695,6 @@ def test_troubles_of_the_hub_that_pass_are_waited_for(texts_hub, data, tmp_path,
 def test_a_hub_that_stays_away_is_one_line_and_the_run_continues(texts_hub, data, tmp_path, impatient):
     texts_hub.refuses = lambda request: "002" in request.path
     assert_user_error(call("fineweb", *HUB_FLAGS, tmp_path / "out"), "002.parquet")
-    gc.collect()  # releases the lock of the run that failed in this process
     texts_hub.refuses = lambda request: False
     texts_hub.log.clear()
     succeed(*HUB_FLAGS, tmp_path / "out")
@@ -631,8 +711,20 @@ def test_a_run_killed_during_a_download_continues(texts_hub, data, tmp_path):
     process.kill()
     process.communicate()
     texts_hub.hangs = lambda request: False
+    # a download that is damaged meanwhile is noticed
+    [downloaded] = (tmp_path / "out").rglob("000.parquet")
+    flip_bit(downloaded)
+    texts_hub.log.clear()
     succeed(*HUB_FLAGS, tmp_path / "out")
+    assert any("000.parquet" in path for _, path in texts_hub.log)
     assert read_shards(tmp_path / "out", SHARD_SIZE) == reference(data["texts"])
+
+
+def test_shards_of_fineweb_edu_have_its_name(texts_hub, data, tmp_path):
+    texts_hub.files["HuggingFaceFW/fineweb-edu"] = texts_hub.files["me/texts"]
+    succeed(*BYTES, "--shard_size", SHARD_SIZE, "--local_dir", tmp_path / "out")
+    tokens = read_shards(tmp_path / "out", SHARD_SIZE, name="edufineweb")
+    assert tokens == reference(data["texts"])
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,8 @@ MISTAKES = [  # flags, words of the one line on stderr
     ("--input folder", ["folder", "--input"]),
     ("--input empty.txt", ["empty.txt", "--input"]),
     ("--input latin1.txt", ["latin1.txt", "UTF-8", "--input"]),
+    ("--input texts.jsonl", ["texts.jsonl", "fineweb.py"]),
+    ("--input texts.parquet", ["texts.parquet", "fineweb.py"]),
     ("--input short.txt", ["short.txt", "--val_fraction", "0.1"]),
     ("--input text.txt --tokenizer words", ["--tokenizer", "words"]),
     ("--input text.txt --val_fraction 0", ["--val_fraction", "0"]),
@@ -282,6 +284,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(flags, words, tmp_path, mo
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin1.txt").write_bytes("Ein schöner Text. ".encode("latin-1") * 100)
+    (tmp_path / "texts.jsonl").write_text('{"text": "one of many documents"}\n' * 100)
+    (tmp_path / "texts.parquet").write_bytes(b"PAR1")
     (tmp_path / "short.txt").write_text("a")
     (tmp_path / "text.txt").write_text("a text " * 100)
     monkeypatch.chdir(tmp_path)
