@@ -54,9 +54,16 @@ import tiktoken
 from tqdm import tqdm
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+SUBSETS = {  # --remote_name: folder of FineWeb-Edu
+    "default": "data",
+    "sample-10BT": "sample/10BT",
+    "sample-100BT": "sample/100BT",
+    "sample-350BT": "sample/350BT",
+}
 LOCAL_FILES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 BATCH_SIZE = 64  # documents per task of a thread, about 20 ms of work
-JSON_BLOCK_SIZE = 2**26  # bytes of JSON lines that are parsed together, at least one document
+JSON_BLOCK_SIZE = 2**26  # bytes of JSON lines that are parsed together, more than a long document
+STATE_FILE = "state_00000.json"  # train_gpt2.py refuses a directory with a file of this name
 DOWNLOAD_ATTEMPTS = 8  # with pauses of 1, 2, 4, ... seconds between them
 
 
@@ -145,9 +152,9 @@ def find_local_files(patterns):
     """Return the paths that --source matches."""
     paths = []
     for pattern in patterns:
-        matches = sorted(glob.glob(pattern, recursive=True))
-        if os.path.isfile(pattern):  # a path, perhaps with characters that mean something in patterns
-            matches = [pattern]
+        # a path may contain characters that mean something in patterns
+        matches = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        # other files, such as a README, may be in the same directory
         matches = [path for path in matches if path.endswith(LOCAL_FILES)]
         if not matches:
             fail(f"--source {pattern} matches no {', '.join(LOCAL_FILES)} file: pass the paths of such files")
@@ -157,6 +164,7 @@ def find_local_files(patterns):
 
 def describe_files(paths, workers):
     """Return [[name, bytes, SHA-256], ...] of local files."""
+    # Each start reads all files for their checksums: a file may have changed since the last run.
     progress = {"desc": "checksums", "unit": "file", "disable": None, "leave": False}
     files = []
     with ThreadPoolExecutor(workers) as pool:
@@ -170,6 +178,7 @@ def read_parquet(path, column):
     """Yield the text column of a parquet file in pyarrow arrays of BATCH_SIZE rows."""
     # without buffer_size, pyarrow keeps whole row groups in memory
     with pq.ParquetFile(path, buffer_size=2**20) as parquet:
+        # other types could be converted to text, but they are most likely a mistake
         schema = parquet.schema_arrow
         text_types = (pa.string(), pa.large_string(), pa.string_view())
         if column not in schema.names or schema.field(column).type not in text_types:
@@ -186,9 +195,10 @@ def read_json_lines(path, column):
         explicit_schema=pa.schema([(column, pa.large_string())]), unexpected_field_behavior="ignore"
     )
     read_options = pa.json.ReadOptions(block_size=JSON_BLOCK_SIZE)
-    reader = pa.json.open_json(path, read_options, parse_options)  # also decompresses
-    for number, block in enumerate(reader):
+    # open_json decompresses a file whose name ends with .gz or .zst
+    for number, block in enumerate(pa.json.open_json(path, read_options, parse_options)):
         texts = block.column(0)
+        # a field that does not exist is null in all lines
         if number == 0 and texts.null_count == len(texts):
             raise ValueError(f"its first lines have no field {column}, choose another --text_column")
         for start in range(0, len(texts), BATCH_SIZE):
@@ -216,14 +226,15 @@ def list_hub_files(repo_id, remote_name):
     """Return the newest commit of a data set, and [[name, bytes, SHA-256], ...] of its files."""
     from huggingface_hub import HfApi  # imported here because it is slow
 
-    # FineWeb-Edu's subset default is in the folder data, sample-10BT in sample/10BT
-    folder = "data" if remote_name == "default" else remote_name.replace("sample-", "sample/")
+    folder = SUBSETS.get(remote_name, remote_name)
+    prefix = f"{folder}/" if folder else ""  # of the names of the files
     advice = "check --repo_id, --remote_name, HF_TOKEN and the network, or pass local files with --source"
     with explain(f"cannot list {remote_name} of {repo_id} on the Hugging Face Hub", advice):
+        # one request returns the names, sizes and checksums of all files
         info = HfApi().dataset_info(repo_id, files_metadata=True)
         files = []
         for file in info.siblings:
-            if file.rfilename.startswith(folder) and file.rfilename.endswith(".parquet"):
+            if file.rfilename.startswith(prefix) and file.rfilename.endswith(".parquet"):
                 files.append([file.rfilename, file.size, file.lfs.sha256])
         if not files:
             raise ValueError("it has no parquet files")
@@ -293,11 +304,6 @@ class State:
         return sum(shard["tokens"] for shard in self.shards)
 
 
-def state_path(directory):
-    """Return the path of the state. train_gpt2.py refuses a directory that has this file."""
-    return f"{directory}/state_00000.json"
-
-
 class ShardWriter:
     """Collects tokens in memory, writes them to shards, and saves the state after each shard."""
 
@@ -321,6 +327,7 @@ class ShardWriter:
                 state.file, state.batch, state.skip = file, batch, start
                 self.save_state()
                 self.used = 0
+            # copy as many tokens as the shard and the limit have room for
             part = tokens[start : start + min(self.room, len(self.buffer) - self.used)]
             self.buffer[self.used : self.used + len(part)] = part
             self.used += len(part)
@@ -333,14 +340,14 @@ class ShardWriter:
         if self.state.shards:
             self.write_shard("train", tokens)  # shorter than the others
         else:
-            beginnings = np.flatnonzero(tokens == self.state.settings["eot_token"])  # of documents
+            # all tokens fit into one shard: cut them at the beginning of a document
+            beginnings = np.flatnonzero(tokens == self.state.settings["eot_token"])
             if len(beginnings) < 2:
                 fail(
-                    f"there are {len(tokens)} tokens in {len(beginnings)} documents, but training and validation "
-                    "need one document each: check --source and --text_column, or use "
-                    "prepare_shakespeare.py for a single text"
+                    f"{len(tokens)} tokens in {len(beginnings)} documents are too few for training and validation: "
+                    "check --source and --text_column, or use prepare_shakespeare.py for a single text"
                 )
-            # cut before the first document of the last tenth, or before the last document
+            # the first document that begins in the last tenth, or the last document
             number = np.searchsorted(beginnings, 0.9 * len(tokens))
             cut = beginnings[min(number, len(beginnings) - 1)]
             # The state is saved after both shards: a run that is killed between them starts again.
@@ -356,10 +363,13 @@ class ShardWriter:
         A run that is killed before the state is saved writes the same shard again.
         """
         state = self.state
+        # The state file marks the directory as unfinished. It is not written before the first shard,
+        # so that after a mistake, such as a wrong --text_column, the directory can be used again.
         if not state.shards:
-            self.save_state()  # it marks the directory as unfinished before it has a shard
+            self.save_state()
+        # build-nanogpt has this name for shards of FineWeb-Edu
         is_fineweb_edu = state.settings["source"]["repo_id"] == FINEWEB_EDU
-        prefix = "edufineweb" if is_fineweb_edu else "shard"  # build-nanogpt's name for FineWeb-Edu
+        prefix = "edufineweb" if is_fineweb_edu else "shard"
         name = f"{prefix}_{split}_{len(state.shards):06d}.npy"
         path = f"{self.directory}/{name}"
         with atomic_write(path) as file:
@@ -368,7 +378,7 @@ class ShardWriter:
         state.shards.append(shard)
 
     def save_state(self):
-        write_json(state_path(self.directory), asdict(self.state))
+        write_json(f"{self.directory}/{STATE_FILE}", asdict(self.state))
 
 
 # ------------------------------------------------------------------------- making a data set
@@ -379,7 +389,7 @@ def make_data_set(args):
     encoding = load_tokenizer(args.tokenizer)
     os.makedirs(directory, exist_ok=True)
     with lock(directory):
-        # a run that continues must have the settings of the first one
+        # find out what is here already: a run that continues must have the settings of the first one
         advice = "delete it, or choose another --local_dir"
         with explain(f"cannot use the files in {directory}", advice):
             state, saved = read_state(directory)
@@ -387,6 +397,7 @@ def make_data_set(args):
         if saved:
             check_same_settings(directory, saved, settings)
 
+        # make what is missing
         if os.path.exists(f"{directory}/meta.json"):
             print(f"{directory} is complete")
         else:
@@ -401,7 +412,7 @@ def make_data_set(args):
         # delete what only an unfinished directory needs
         shutil.rmtree(f"{directory}/downloads", ignore_errors=True)
         with suppress(FileNotFoundError):
-            os.remove(state_path(directory))
+            os.remove(f"{directory}/{STATE_FILE}")
 
 
 @contextmanager
@@ -410,7 +421,7 @@ def lock(directory):
 
     The operating system releases the lock when the process ends, even if it is killed.
     """
-    file_lock = filelock.FileLock(f"{directory}/state_00000.lock", fallback_to_soft=False)
+    file_lock = filelock.FileLock(f"{directory}/{STATE_FILE}.lock", fallback_to_soft=False)
     try:
         file_lock.acquire(blocking=False)
     except filelock.Timeout:
@@ -433,11 +444,12 @@ def read_state(directory):
     state = None
     if os.path.exists(f"{directory}/meta.json"):
         settings = read_meta(directory)
-    elif os.path.exists(state_path(directory)):
-        with open(state_path(directory), encoding="utf-8") as file:
+    elif os.path.exists(f"{directory}/{STATE_FILE}"):
+        with open(f"{directory}/{STATE_FILE}", encoding="utf-8") as file:
             state = State(**json.load(file))
         settings = state.settings
     elif glob.glob(f"{glob.escape(directory)}/*.npy"):
+        # of another data set, or of another project: they would be mixed with the new ones
         raise ValueError("it contains shards without meta.json")
     else:
         return None, None
@@ -452,7 +464,7 @@ def get_settings(args, encoding, saved):
         paths = find_local_files(args.source)
         files = describe_files(paths, args.workers)
     elif saved:  # the data set may have changed on the Hub: keep to one commit
-        revision, files = saved["revision"], saved["files"]
+        revision, files = saved.get("revision"), saved.get("files")
     else:
         revision, files = list_hub_files(args.repo_id, args.remote_name)
     source = {
@@ -464,6 +476,7 @@ def get_settings(args, encoding, saved):
         "revision": revision,
         "files": files,
     }
+    # train_gpt2.py reads the tokenizer's values, the source tells people where the tokens come from
     settings = {
         "tokenizer": args.tokenizer,
         "vocab_size": encoding.n_vocab,
@@ -494,9 +507,9 @@ def make_shards(args, tokenizer, paths, state):
     names = [name for name, *_ in source["files"]]
     folder = f"{args.local_dir}/downloads"
     if paths is None:
-        # a name from the Hub or from the state must not lead out of the folder
+        # no name from the Hub or from the state may lead out of the folder
         if any(re.search(r"\.\.|[\\:]", name) for name in names):
-            fail(f"{args.repo_id} contains files with .. in their names: use another data set")
+            fail(f"{args.repo_id} contains files with .. or : in their names: use another data set")
         shutil.rmtree(f"{folder}/.cache", ignore_errors=True)  # unfinished downloads
         get_path = functools.partial(download, source["repo_id"], source["revision"], folder)
         # download the next file while a file is tokenized
@@ -507,6 +520,7 @@ def make_shards(args, tokenizer, paths, state):
     writer = ShardWriter(args.local_dir, state, args.shard_size, args.max_tokens)
     total = args.max_tokens or None  # with a total, the bar estimates the time left
     bar = tqdm(initial=state.tokens, total=total, unit="tok", unit_scale=True, disable=None)
+    # tokenize in threads, and write shards in this one
     with bar, ThreadPoolExecutor(args.workers) as pool:
         first_file = state.file
         for file, batch, tokens in tokenize_files(args, tokenizer, paths, state, pool):
@@ -540,20 +554,21 @@ def read_meta(directory):
 
 def verify(directory):
     """Check all shards of a directory, and print a summary."""
+    # find the shards: meta.json lists those of our scripts, other projects have only the files
     with explain(f"cannot verify {directory}", "pass a directory of shards"):
         names = [name for name in sorted(os.listdir(directory)) if re.fullmatch(SHARD_NAME, name)]
         meta = {"tokenizer": "gpt2", "shards": [{"file": name} for name in names]}
         if os.path.exists(f"{directory}/meta.json"):
             meta = read_meta(directory)
-        elif os.path.exists(state_path(directory)):
-            raise ValueError("it is not finished, run the same command again")
+        elif os.path.exists(f"{directory}/{STATE_FILE}"):
+            fail(f"{directory} is not finished: run the command that makes it again")
         elif names:
             print(f"{directory} has no meta.json: GPT-2 tokens are assumed, and there are no checksums")
         else:
             raise ValueError("it contains no shards")
     encoding = load_tokenizer(meta["tokenizer"])
 
-    # check each shard, and count its tokens and documents
+    # check each shard, and count its tokens and documents; problems are reported at the end
     problems = []
     counts = {}  # split: [shards, tokens, documents]
     for shard in tqdm(meta["shards"], desc="verifying", unit="shard", disable=None, leave=False):
@@ -710,22 +725,25 @@ def explain(problem, advice):
 def parse_args():
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message}: see --help")
+    parser.error = lambda message: fail(f"{message}: see --help")  # argparse's own errors in one line
     add = parser.add_argument
+    # what to read
     add("--source", nargs="+", metavar="FILE", help="local parquet files or JSON lines (default: the Hub)")
     add("--repo_id", default=FINEWEB_EDU, help="data set on the Hugging Face Hub (default: %(default)s)")
-    add("--remote_name", default="sample-10BT", help="its subset or folder (default: %(default)s)")
+    add("--remote_name", default="sample-10BT", help=f"{', '.join(SUBSETS)} or a folder (default: %(default)s)")
     add("--text_column", default="text", help="column or field with the documents (default: %(default)s)")
+    # what to write
     add("--local_dir", default="edu_fineweb10B", help="output directory (default: %(default)s)")
     add("--tokenizer", choices=["bytes", "gpt2"], default="gpt2", help="default: %(default)s")
     add("--shard_size", type=int, default=100_000_000, help="tokens per shard (default: %(default)s)")
     add("--max_tokens", type=int, default=0, help="stop after this many tokens (default: 0, no limit)")
+    # system and other actions
     add("--workers", type=int, default=os.cpu_count(), help="threads that tokenize (default: one per CPU core)")
     add("--verify", metavar="DIR", help="only verify and summarize the shards of a directory")
     args = parser.parse_args()
-    for name in ("shard_size", "workers"):
-        if getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)} is too small: use at least 1")
+    for name, minimum in {"shard_size": 1, "max_tokens": 0, "workers": 1}.items():
+        if getattr(args, name) < minimum:
+            fail(f"--{name} {getattr(args, name)} is too small: use at least {minimum}")
     return args
 
 

@@ -6,7 +6,8 @@ Turn a UTF-8 text into the token shards that train_gpt2.py reads.
     python prepare_shakespeare.py --download --out_dir tiny  # the real Tiny Shakespeare
     python prepare_shakespeare.py --input book.txt --out_dir book
 
-Takes a second, and writes five files to OUT_DIR. NAME is the last part of OUT_DIR.
+Takes a second for a megabyte, and about five times the size of the text in memory. Writes five
+files to OUT_DIR. NAME is the last part of OUT_DIR.
 
     NAME_train_000000.npy   the first 90% of the text, a one-dimensional uint16 array of tokens
     NAME_val_000000.npy     the last 10%, for validation
@@ -59,6 +60,7 @@ def download_tiny_shakespeare():
 
 def read_text(path):
     """Return the text of a UTF-8 file with its line endings unchanged."""
+    # as a text, JSON lines would be tokenized with their braces and escapes
     if path.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         fail(f"{path} contains many documents: use python fineweb.py --source {path}")
     with explain(f"cannot read {path} as UTF-8 text", "pass another file with --input"):
@@ -72,6 +74,7 @@ def read_text(path):
 # -------------------------------------------------------------------------------------- data set
 def tokenize(tokenizer, text):
     """Return the tokens of a document, uint16 (N,), beginning with the end-of-text token."""
+    # arrays instead of lists of Python integers save most of the memory
     if tokenizer.name == "bytes":
         tokens = np.frombuffer(text.encode(), np.uint8)
     else:
@@ -109,6 +112,7 @@ def write_data_set(out_dir, parts, tokenizer_name, source):
     with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=parent_dir) as temporary_dir:
         new_dir = f"{temporary_dir}/{name}"
         os.mkdir(new_dir)
+        # write the shards, then the tokenizer, then meta.json
         for split, text in parts.items():
             tokens = tokenize(tokenizer, text)
             file_name = f"{name}_{split}_000000.npy"
@@ -129,6 +133,7 @@ def is_written(out_dir, tokenizer_name, source):
     """Return whether out_dir contains this data set. Exits with an error if it has other files."""
     if not os.path.isdir(out_dir) or not os.listdir(out_dir):
         return False
+    # meta.json is in a directory that was renamed once it was complete: the other files are there
     with explain(f"--out_dir {out_dir} contains other files", "choose another --out_dir, or delete it"):
         with open(f"{out_dir}/meta.json", encoding="utf-8") as file:
             meta = json.load(file)
@@ -257,6 +262,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    # read the text, and download it first if asked to
     path = download_tiny_shakespeare() if args.download else args.input
     text = read_text(path)
 
@@ -272,7 +278,8 @@ def main():
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "val_fraction": args.val_fraction,
     }
-    del text  # the parts are copies: a long text should not be in memory twice
+    del text  # the parts are copies, and a long text should not be in memory twice
+    # do nothing if an earlier run has already written this data set
     if is_written(args.out_dir, args.tokenizer, source):
         print(f"{args.out_dir} already contains this data set")
         return

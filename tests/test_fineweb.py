@@ -20,7 +20,6 @@ import sys
 import time
 from multiprocessing import get_context
 
-import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -564,13 +563,16 @@ def test_a_damaged_state_or_meta_json_is_one_line(unfinished, name, damage):
 
 
 @posix
-def test_a_directory_in_use_is_refused(data, tmp_path):
-    directory = tmp_path / "out"
-    directory.mkdir()
-    with filelock.FileLock(directory / "state_00000.lock"):
-        assert_user_error(run(*data["flags"], "--local_dir", directory), directory)
-    succeed(*data["flags"], "--local_dir", directory)
-    assert contents(directory) == data["files"]
+def test_a_directory_in_use_is_refused(tmp_path):
+    write_parquet(tmp_path / "in.parquet", ["word " * 2000] * 5000)  # seconds of work
+    flags = [*BYTES, "--source", tmp_path / "in.parquet", "--shard_size", 200_000]
+    flags += ["--local_dir", tmp_path / "out"]
+    process = start(*flags)
+    wait_until(lambda: list(tmp_path.glob("out/*_train_000002.npy")), process)
+    process.send_signal(signal.SIGSTOP)  # it holds the lock, and does not end
+    assert_user_error(run(*flags), tmp_path / "out")
+    process.kill()
+    process.communicate()
 
 
 @has_simulations
