@@ -1,11 +1,12 @@
 """
-Turn FineWeb-Edu, or your own parquet files or JSON lines, into token shards for train_gpt2.py.
+Turn FineWeb-Edu, or your own documents, into token shards for train_gpt2.py.
 
     python fineweb.py                          # sample-10BT of FineWeb-Edu from the Hugging Face Hub
     python fineweb.py --max_tokens 300000000   # its first 300M tokens: 100M val and 200M train
-    python fineweb.py --source 'books/*.parquet' --local_dir books_tokens      # local files
+    python fineweb.py --source 'books/*.parquet' --local_dir books_tokens    # own documents
     python fineweb.py --verify edu_fineweb10B  # verify and summarize a directory of shards
 
+Reads the column or field "text" of parquet files and of JSON lines (.jsonl, also .gz or .zst).
 Writes edufineweb_val_000000.npy, edufineweb_train_000001.npy, ... into LOCAL_DIR (shard_val_... for
 other data than FineWeb-Edu), the tokenizer's vocab.json and merges.txt, and finally meta.json, which
 describes the shards. A shard is a one-dimensional uint16 array, with <|endoftext|> before each
@@ -728,13 +729,13 @@ def parse_args():
     parser.error = lambda message: fail(f"{message}: see --help")  # argparse's own errors in one line
     add = parser.add_argument
     # what to read
-    add("--source", nargs="+", metavar="FILE", help="local parquet files or JSON lines (default: the Hub)")
+    add("--source", nargs="+", metavar="FILE", help="local files, or patterns (default: the Hub)")
     add("--repo_id", default=FINEWEB_EDU, help="data set on the Hugging Face Hub (default: %(default)s)")
     add("--remote_name", default="sample-10BT", help=f"{', '.join(SUBSETS)} or a folder (default: %(default)s)")
     add("--text_column", default="text", help="column or field with the documents (default: %(default)s)")
     # what to write
     add("--local_dir", default="edu_fineweb10B", help="output directory (default: %(default)s)")
-    add("--tokenizer", choices=["bytes", "gpt2"], default="gpt2", help="default: %(default)s")
+    add("--tokenizer", choices=["bytes", "gpt2"], default="gpt2", help="%(default)s, or one token per byte")
     add("--shard_size", type=int, default=100_000_000, help="tokens per shard (default: %(default)s)")
     add("--max_tokens", type=int, default=0, help="stop after this many tokens (default: 0, no limit)")
     # system and other actions

@@ -252,7 +252,7 @@ def parse_args():
     add("--input", default="input.txt", help="UTF-8 text file (default: %(default)s)")
     add("--download", action="store_true", help="download Tiny Shakespeare (1.1 MB), and use it instead of --input")
     add("--out_dir", default="shakespeare", help="output directory (default: %(default)s)")
-    add("--tokenizer", choices=["bytes", "gpt2"], default="bytes", help="default: one token per byte")
+    add("--tokenizer", choices=["bytes", "gpt2"], default="bytes", help="default: bytes, one token per byte")
     add("--val_fraction", type=float, default=0.1, help="fraction for validation (default: %(default)s)")
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
