@@ -271,6 +271,9 @@ def test_the_newest_checkpoint_of_log_is_the_default(tmp_path, tiny):
     before = set(tmp_path.iterdir())
     done = run("hellaswag", *flags[2:], "--output", "out.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1  # which model it is, and no progress bar without a terminal
+    assert os.path.join("log", "step_1000000") in done.stderr
+    assert f"{newest.num_parameters():,}" in done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     assert_equals_plain_method(result, newest, examples)
     assert result["model"] == os.path.join("log", "step_1000000")
@@ -338,11 +341,19 @@ def test_prepare_keeps_the_old_file_if_the_disk_is_full(tmp_path, examples, monk
 
     line = command("hellaswag", "--prepare", "--data", data)
     done = subprocess.run(line, preexec_fn=limit_files, capture_output=True, text=True)
-    assert_user_error(done, statuses=(1, 2))
+    assert_user_error(done, path.name)
     assert path.read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------ bad input
+def assert_late_error(done, *needles):
+    """Check for a user error, one line on stderr, after the line that names the model."""
+    model, error = done.stderr.split("\n", 1)
+    assert model.startswith("model: ")
+    done.stderr = error
+    assert_user_error(done, *needles)
+
+
 GOOD = {"ind": 5, "label": 1, "ctx": "a", "endings": ["b", "c", "d", "e"]}
 BAD_LINES = {
     "cut off": json.dumps(GOOD)[:-5],
@@ -383,7 +394,7 @@ def test_losses_that_are_nan_are_one_line(tmp_path, tiny):
         model.transformer.ln_f.weight[3] = float("nan")
     model.save_pretrained(tmp_path / "model")
     done = call("hellaswag", *flags, "--output", tmp_path / "out.json")
-    assert_user_error(done, "nan", "--dtype float32")
+    assert_late_error(done, "nan", "--dtype float32")
     assert "acc" not in done.stdout
     assert not (tmp_path / "out.json").exists()
 
@@ -393,7 +404,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_one_line(tiny, monkeypatch):
         return torch.empty(2**50)  # a petabyte: PyTorch's own error
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    assert_user_error(call("hellaswag", *tiny[1]), "--batch_size")
+    assert_late_error(call("hellaswag", *tiny[1]), "--batch_size")
 
 
 def test_another_error_while_computing_keeps_its_traceback(tiny, monkeypatch):

@@ -83,6 +83,15 @@ def generate(model, prompt, max_new_tokens, num_samples=1, **settings):
     return torch.stack(list(steps), dim=1).tolist()
 
 
+def assert_late_error(done, *needles):
+    """Check for a user error, one line on stderr, after the line that names the model."""
+    model, error = done.stderr.split("\n", 1)
+    assert model.startswith("model: ")
+    done.stderr = error
+    assert_user_error(done, *needles)
+    assert done.stdout == ""
+
+
 def printable(text):
     """Return text as sample.py prints it: with U+FFFD instead of control characters."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
@@ -477,6 +486,15 @@ def test_a_run_directory_means_its_newest_checkpoint(tmp_path, monkeypatch):
     assert call("sample", "--model", "log/best", *GREEDY).stdout == "best\n"
 
 
+def test_one_line_on_stderr_says_which_model_it_is(tmp_path):
+    make_model(tmp_path / "step_000007", n_layer=1, n_head=1, n_embd=8, n_positions=16)
+    num_parameters = 257 * 8 + 16 * 8 + 2 * 8 + (4 * 8 + 4 * 8 * 8 + 4 * 8 + 8 * 8 * 8 + 5 * 8)  # by hand
+    done = call("sample", "--model", tmp_path, "--max_new_tokens", 1, *GREEDY)
+    assert done.stderr.count("\n") == 1
+    assert str(tmp_path / "step_000007") in done.stderr
+    assert f"{num_parameters:,}" in done.stderr
+
+
 def test_a_checkpoint_of_the_trainer_continues_as_the_trainer_says(tmp_path, byte_shards):
     log_dir = tmp_path / "log"
     done = call("train_gpt2", *TINY, "--data_dir", byte_shards, "--log_dir", log_dir)
@@ -502,10 +520,9 @@ def test_a_closed_pipe_is_not_an_error(small):
     assert b"Traceback" not in writer.stderr.read()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_characters_that_a_terminal_lacks_become_question_marks(encoding, tmp_path):
+def test_characters_that_a_terminal_lacks_become_question_marks(tmp_path):
     make_scripted_model(tmp_path, "日本 ok".encode())
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command("sample", "--model", tmp_path, *GREEDY), env=environment, capture_output=True)
     assert (done.returncode, done.stdout.split()) == (0, [b"??", b"ok"])
 
@@ -546,7 +563,7 @@ BAD_FLAGS = [
     ("--temperature", -0.5),
     ("--temperature", "nan"),
     ("--top_k", -2),
-    ("--top_p", 0),
+    ("--top_p", -0.1),
     ("--top_p", 1.5),
     ("--top_p", "nan"),
     ("--seed", -1),
@@ -577,15 +594,14 @@ def test_a_model_that_computes_nan_is_one_line(temperature, small):
         model.transformer.ln_f.weight[3] = math.nan
     model.save_pretrained(directory)
     args = ["--model", directory, "--temperature", temperature, "--num_samples", 2]
-    assert_user_error(call("sample", *args), "NaN", "--dtype float32")
+    assert_late_error(call("sample", *args), "NaN", "--dtype float32")
 
 
 def test_samples_that_do_not_fit_into_memory_are_one_line(tmp_path):
     make_model(tmp_path, n_layer=2, n_head=2, n_embd=32, n_positions=100_000)
     args = ["--num_samples", 100_000, "--max_new_tokens", 99_000]  # a cache of 5 terabytes
     done = call("sample", "--model", tmp_path, *args, "--device", "cpu")
-    assert_user_error(done, "--num_samples", "--max_new_tokens")
-    assert done.stdout == ""
+    assert_late_error(done, "--num_samples", "--max_new_tokens")
 
 
 def test_gpt2_vocabulary_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch):
