@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 
 import pytest
@@ -336,6 +337,29 @@ def test_saved_model_is_the_best_one_and_gives_the_same_text_when_loaded(tmp_pat
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pt", "noise.txt"]
 
 
+def test_ctrl_c_keeps_the_best_model_and_each_loss_is_printed_at_once(text_file, tmp_path):
+    flags = ["--input", text_file, *SMALL_GPT, "--max_steps", 10**6, "--eval_interval", 50]
+    line = command("gpt", *flags, "--save", tmp_path / "model.pt")
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    output = ""
+    while "step 100:" not in output:
+        output += process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    output += process.communicate(timeout=100)[0]
+    model, chars = gpt.load_model(tmp_path / "model.pt", "cpu")
+    val_data = torch.tensor([chars.index(char) for char in text_file.read_text(encoding="utf-8")[27_000:]])
+    best = min(float(val_loss) for _, _, val_loss in STEP.findall(output))
+    assert best < 3.5, "the model did not learn"
+    assert gpt.estimate_loss(model, val_data, 4, 4, 16) <= best + 1e-4
+
+
+def test_a_saved_model_is_not_overwritten(text_file, tmp_path):
+    (tmp_path / "model.pt").write_text("an older model")
+    done = call("gpt", "--input", text_file, *SMALL_GPT, "--save", tmp_path / "model.pt")
+    assert_user_error(done, "--save", tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").read_text() == "an older model"
+
+
 # ------------------------------------------------------------------------------ terminals and errors
 @both_scripts_small
 def test_terminal_that_cannot_show_a_character_shows_a_question_mark(script, flags, tmp_path):
@@ -401,9 +425,9 @@ def test_text_that_a_loaded_model_has_never_seen_is_an_error(text_file, tmp_path
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self"), reason="only Linux limits the memory of a process reliably")
-def test_a_model_that_does_not_fit_in_memory_is_an_error(text_file):
+def test_training_that_does_not_fit_in_memory_is_an_error(text_file):
     """The process may use 8 GB, so that the run fails at once on every machine and does no harm."""
-    words = command("gpt", "--input", text_file, *SMALL_GPT, "--n_embd", 10**6)
+    words = command("gpt", "--input", text_file, *SMALL_GPT, "--batch_size", 10**9)
     line = "ulimit -v 8000000; " + " ".join(f"'{word}'" for word in words)
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=100)
-    assert_user_error(done, "--n_embd")
+    assert_user_error(done, "--batch_size")
