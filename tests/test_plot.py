@@ -141,6 +141,32 @@ def test_runs_are_compared_by_tokens_if_those_of_all_are_known(draw, tmp_path):
     assert [x.tolist() for x, _ in curves(figure, "hella")] == [[0, 1], [0, 0.5]]
 
 
+def test_the_legend_names_the_tokenizers_of_runs_that_differ(draw, tmp_path):
+    """Nats per byte and nats per token of GPT-2 cannot be compared."""
+    runs = []
+    for name, tokenizer in (("one", "gpt2"), ("two", "bytes"), ("three", "gpt2")):
+        runs.append(write_run(tmp_path / name, "0 train 3\n", tokenizer=tokenizer))
+    foreign = write_run(tmp_path / "foreign", "0 train 3\n")
+    labels = legend(draw(*runs, foreign))
+    for label, tokenizer in zip(labels, ("gpt2", "bytes", "gpt2"), strict=False):
+        assert tokenizer in label
+    assert "gpt2" not in labels[3] and "bytes" not in labels[3]
+    assert not any("gpt2" in label for label in legend(draw(runs[0], runs[2], foreign)))
+
+
+def test_the_x_axes_are_readable_with_a_long_and_a_short_run(draw, tmp_path):
+    """Only the short run has values of HellaSwag, a millionth of the long run from the origin."""
+    long_run = write_run(tmp_path / "long", "0 train 9\n19073 train 3\n", total_batch_size=524288)
+    short_run = write_run(tmp_path / "short", "0 hella 0.25\n70 hella 0.3\n", total_batch_size=128)
+    figure = draw(long_run, short_run)
+    figure.draw_without_rendering()
+    texts = []
+    for axes in figure.axes:
+        texts.append([label.get_text() for label in axes.get_xticklabels() if label.get_text()])
+        assert len(texts[-1]) >= 3 and max(map(len, texts[-1])) <= 5
+    assert {"0", "10B"} <= set(texts[0]) & set(texts[1])
+
+
 @pytest.mark.parametrize(
     "settings, expected",
     [
