@@ -160,11 +160,11 @@ def test_the_x_axes_are_readable_with_a_long_and_a_short_run(draw, tmp_path):
     short_run = write_run(tmp_path / "short", "0 hella 0.25\n70 hella 0.3\n", total_batch_size=128)
     figure = draw(long_run, short_run)
     figure.draw_without_rendering()
-    texts = []
     for axes in figure.axes:
-        texts.append([label.get_text() for label in axes.get_xticklabels() if label.get_text()])
-        assert len(texts[-1]) >= 3 and max(map(len, texts[-1])) <= 5
-    assert {"0", "10B"} <= set(texts[0]) & set(texts[1])
+        left, right = axes.get_xlim()
+        ticks = [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks() if left <= tick.get_loc() <= right]
+        assert len(ticks) >= 3 and max(map(len, ticks)) <= 5
+        assert ticks[0] == "0" and ticks[-1] == "10B"
 
 
 @pytest.mark.parametrize(
