@@ -218,21 +218,8 @@ def test_a_single_point_is_visible(kind, tmp_path):
         assert part.sum() > 10
 
 
-@pytest.mark.parametrize(
-    "flags, needles",
-    [
-        (["nosuch"], ["nosuch/log.txt"]),
-        (["empty"], ["empty"]),
-        (["good", "nosuch"], ["nosuch/log.txt"]),
-        (["good", "--output", "nosuch/a.png"], ["nosuch/a.png"]),
-        (["good", "--output", "a.foo"], ["foo", "png"]),
-        (["good", "--tokens_per_step", "0"], ["--tokens_per_step"]),
-        ([], ["DIR"]),
-    ],
-)
-def test_user_errors_are_reported_in_one_line(flags, needles, tmp_path, monkeypatch):
+def test_a_second_run_that_does_not_exist_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_run(tmp_path / "empty", "")
     write_run(tmp_path / "good", "0 train 5\n")
-    assert_user_error(call("plot", *flags), *needles)
-    assert sorted(os.listdir()) == ["empty", "good"]
+    assert_user_error(call("plot", "good", "nosuch"), "nosuch/log.txt")
+    assert os.listdir() == ["good"]
