@@ -204,7 +204,6 @@ class GPT(nn.Module):
         for block in self.h:
             x = block(x)  # (B, T, C)
         logits = self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)
-        logits = logits.float()  # see the comment about bfloat16 in main()
         if targets is None:
             return logits, None
         # cross-entropy: -ln of the probability of each target, averaged over all B * T positions
@@ -224,7 +223,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             # only the last block_size characters matter
             logits, _ = self(idx[:, -self.config.block_size :])  # (1, T) -> (1, T, V)
-            logits = logits[:, -1]  # (1, V), the scores of the next character
+            logits = logits[:, -1].float()  # (1, V), the scores of the next character
             # keep the k most likely characters: the others get logits of -inf, and probability 0
             if top_k > 0:
                 top_logits, _ = logits.topk(min(top_k, logits.shape[-1]))  # (1, k), largest first
@@ -454,7 +453,7 @@ def main():
         if unknown:
             fail(f"--{name} contains {sorted(unknown)}: the model knows only {''.join(chars)!r}")
 
-    # bfloat16 is faster on GPUs that have it. Only matmuls use it: weights and logits are float32.
+    # bfloat16 is faster on GPUs that have it. Only matmuls use it: weights and losses stay float32.
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     model.forward = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16)(model.forward)
 
