@@ -2,7 +2,7 @@
 Lesson 2: a character-level GPT. The model is new. The training loop is that of bigram.py, with a
 learning rate schedule and gradient clipping, and it keeps the best weights.
 
-    python gpt.py                                   # "full" on a GPU, else "cpu" (2 minutes)
+    python gpt.py                                   # "full" on a GPU, else "cpu" (1 to 2 minutes)
     python gpt.py --preset full --save model.pt     # 10.8M parameters, 2,000 steps
     python gpt.py --load model.pt --prompt "What "  # sample from a saved model without training
 
@@ -34,7 +34,7 @@ PRESETS = {
         "max_steps": 2000,
         "learning_rate": 1e-3,
     },
-    "cpu": {  # 0.8M parameters, two minutes on two CPU cores
+    "cpu": {  # 0.8M parameters, one to two minutes on a CPU
         "block_size": 64,
         "n_layer": 4,
         "n_head": 4,
