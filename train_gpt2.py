@@ -1252,8 +1252,6 @@ def resolve_flags(args, checkpoint, trainer_state):
     # values that do not fit together
     if args.n_embd % args.n_head:
         fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: choose a multiple")
-    if args.dropout >= 1:
-        fail(f"--dropout is {args.dropout}: it must be below 1")
     if args.wandb and find_spec("wandb") is None:
         fail("--wandb needs the package wandb: install it with pip install wandb, or pass --wandb ''")
     if args.eval_only and not source:
@@ -1401,13 +1399,13 @@ PRESETS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def number(kind, minimum):
-    """Return an argparse type: an int or float that is at least minimum, so not NaN."""
+def number(kind, is_valid, requirement):
+    """Return an argparse type: an int or float for which is_valid returns True."""
 
     def convert(text):
         value = kind(text)
-        if not value >= minimum:
-            raise argparse.ArgumentTypeError(f"{text} is not at least {minimum}")
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {requirement}")
         return value
 
     convert.__name__ = kind.__name__  # for argparse's "invalid int value"
@@ -1424,8 +1422,11 @@ def parse_args():
             help_text += f" (gpt2: {GPT2[name]})"
         group.add_argument(f"--{name}", help=help_text, **options)
 
-    count, count_or_0 = number(int, 1), number(int, 0)
-    positive, positive_or_0 = number(float, 1e-12), number(float, 0)
+    count = number(int, lambda value: value > 0, "above 0")
+    count_or_0 = number(int, lambda value: value >= 0, "0 or more")
+    positive = number(float, lambda value: value > 0, "above 0")
+    positive_or_0 = number(float, lambda value: value >= 0, "0 or more")
+    probability = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
     switch = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("data")
@@ -1439,7 +1440,7 @@ def parse_args():
     add("n_head", "attention heads per block", type=count)
     add("n_embd", "channels, a multiple of n_head", type=count)
     add("block_size", "context length in tokens", type=count)
-    add("dropout", "dropout probability", type=positive_or_0)
+    add("dropout", "dropout probability", type=probability)
     init_from_help = "fine-tune a checkpoint, the newest one of a run, or a GPT-2 on the Hugging Face Hub"
     add("init_from", init_from_help, metavar="MODEL")
 
