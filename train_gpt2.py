@@ -1664,7 +1664,6 @@ def fits_on_gpu(model, size, process, autocast):
     programs have left stays free.
     """
     device = process.device
-    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     # the optimizers do not exist yet: AdamW keeps two float32 averages, 8 bytes per parameter
     limit = 0.9 * (free + torch.cuda.memory_allocated(device)) - 8 * model.num_params
@@ -1678,6 +1677,7 @@ def fits_on_gpu(model, size, process, autocast):
     except torch.OutOfMemoryError:
         fits = False
     model.zero_grad()
+    torch.cuda.empty_cache()  # others need memory too, such as NCCL
     count = torch.tensor(float(fits), device=device)
     return sum_over_ranks(count).item() == process.world_size
 
