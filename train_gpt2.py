@@ -559,8 +559,8 @@ class TokenDataset:
         self.windows_per_shard = np.maximum(self.num_tokens - 1, 0) // block_size
         self.num_windows = int(self.windows_per_shard.sum())  # per epoch
         if self.num_windows == 0:
-            problem = f"{data_dir} has no shard *_{split}_NNNNNN.npy or .bin with more than {block_size} tokens"
-            fail(f"{problem}: use a smaller --block_size, or create shards with prepare_shakespeare.py")
+            problem = f"{data_dir} has no shard *_{split}_* with more than {block_size} tokens"
+            fail(f"{problem}: use a smaller --block_size, or create it with prepare_shakespeare.py")
         self.open_shards = {}  # shard number -> memory-mapped tokens
 
     def locate(self, index):
@@ -627,8 +627,8 @@ class TokenDataset:
             window = self.open_shard(shard)[start : start + self.block_size + 1]
             # a wrong tokenizer would read beyond the embedding's rows
             if window.max() >= self.vocab_size:
-                path, largest = self.paths[shard], window.max()
-                raise RankError(f"{path} contains token {largest} of a vocabulary of {self.vocab_size}: regenerate it")
+                problem = f"{self.paths[shard]} contains token id {window.max()}"
+                raise RankError(f"{problem}, but ids are below {self.vocab_size}: regenerate it")
             windows.append(window)
         return torch.from_numpy(np.stack(windows).astype(np.int64))
 
@@ -987,6 +987,9 @@ class RunDirectory:
 
     def __init__(self, path):
         self.path = path
+        self.log_path = f"{path}/log.txt"
+        self.best = f"{path}/best"
+        self.tmp = f"{path}/tmp"
         self.lock = None
         self.log_file = None
         self.wandb_run = None
@@ -1004,8 +1007,8 @@ class RunDirectory:
             self.acquire_lock()
         checkpoints = checkpoints_in(self.path)
         if not args.resume:
-            if not args.eval_only and (checkpoints or os.path.exists(f"{self.path}/log.txt")):
-                fail(f"--log_dir {self.path} already contains a run: pass --resume, or choose another --log_dir")
+            if not args.eval_only and (checkpoints or os.path.exists(self.log_path)):
+                fail(f"--log_dir {self.path} already contains a run: pass --resume, or choose another")
             return None
         # find the newest checkpoint that is intact
         damaged = []
@@ -1034,11 +1037,11 @@ class RunDirectory:
             try:
                 self.lock.acquire(timeout=0)
             except filelock.Timeout:
-                fail(f"--log_dir {self.path} is in use by another run: wait for it, or choose another --log_dir")
+                fail(f"--log_dir {self.path} is in use by another run: wait, or choose another")
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                warn(f"the file system of --log_dir {self.path} has no locks: start only one run in it")
+                warn(f"the disk of --log_dir {self.path} has no locks: start only one run in it")
 
     def start(self, step, args, settings):
         """Write run.json, and drop the lines of log.txt that this run will write again."""
@@ -1047,21 +1050,21 @@ class RunDirectory:
         self.saved_step = step  # a resumed run has this checkpoint, a new run has nothing to save
         with explain(f"cannot write to --log_dir {self.path}", "free some space, or choose another"):
             # what is left of a run that crashed
-            shutil.rmtree(f"{self.path}/tmp", ignore_errors=True)
+            shutil.rmtree(self.tmp, ignore_errors=True)
             if step == 0:
-                shutil.rmtree(f"{self.path}/best", ignore_errors=True)
+                shutil.rmtree(self.best, ignore_errors=True)
             # the lines of steps that are done; a crash can leave half a line, or zeros, at the end
             lines = []
-            if os.path.exists(f"{self.path}/log.txt"):
-                with open(f"{self.path}/log.txt", encoding="utf-8", errors="replace") as file:
+            if os.path.exists(self.log_path):
+                with open(self.log_path, encoding="utf-8", errors="replace") as file:
                     matches = [re.fullmatch(r"(\d+) (\S+) (\S+)\n", line) for line in file]
                 lines = [match for match in matches if match and int(match[1]) < step]
-            with atomic_write(f"{self.path}/log.txt") as file:
+            with atomic_write(self.log_path) as file:
                 file.writelines(line[0].encode() for line in lines)
             val_losses = [float(line[3]) for line in lines if line[2] == "val"]
             self.best_loss = min(val_losses, default=math.inf)
             # a large buffer holds the lines while the disk is full
-            self.log_file = open(f"{self.path}/log.txt", "a", 2**24, encoding="utf-8")  # noqa: SIM115, stays open
+            self.log_file = open(self.log_path, "a", 2**24, encoding="utf-8")  # noqa: SIM115, stays open
             if args.wandb:
                 self.start_wandb(args.wandb, settings)
             write_json(f"{self.path}/run.json", settings)  # for plot.py and for people
@@ -1085,13 +1088,13 @@ class RunDirectory:
             with suppress(Exception):
                 self.wandb_run.finish()
         if self.log_file and self.saved_step < step:
-            fail(f"the checkpoint of step {step} could not be saved: free some space, then continue with --resume")
+            fail(f"step {step} could not be saved: free some space, then continue with --resume")
 
     def log(self, step, **metrics):
         """Append a "step kind value" line for each of the metrics, and send them to wandb."""
         if self.log_file is None:
             return
-        with self.continue_after_disk_errors(f"cannot write to {self.path}/log.txt"):
+        with self.continue_after_disk_errors(f"cannot write to {self.log_path}"):
             for kind, value in metrics.items():
                 self.log_file.write(f"{step} {kind} {value}\n")
             self.log_file.flush()
@@ -1118,9 +1121,9 @@ class RunDirectory:
                 "scaler": scaler.state_dict(),
                 "args": vars(args),
             }
-            torch.save(trainer_state, f"{self.path}/tmp/trainer.pt")
-            checksums = {name: sha256_of(f"{self.path}/tmp/{name}") for name in RESUME_FILES}
-            write_json(f"{self.path}/tmp/sha256.json", checksums)
+            torch.save(trainer_state, f"{self.tmp}/trainer.pt")
+            checksums = {name: sha256_of(f"{self.tmp}/{name}") for name in RESUME_FILES}
+            write_json(f"{self.tmp}/sha256.json", checksums)
             self.publish(f"step_{step:06d}")
             self.saved_step = step
             # delete old checkpoints only now that the new one, which is the newest, is complete
@@ -1134,10 +1137,10 @@ class RunDirectory:
             return
         with self.continue_after_disk_errors("cannot save the best model"):
             self.write_model(model, args.data_dir)
-            weights = f"{self.path}/tmp/model.safetensors"
-            if os.path.isdir(f"{self.path}/best"):  # its other files do not change
+            weights = f"{self.tmp}/model.safetensors"
+            if os.path.isdir(self.best):  # its other files do not change
                 flush_to_disk(weights)
-                os.replace(weights, f"{self.path}/best/model.safetensors")
+                os.replace(weights, f"{self.best}/model.safetensors")
             else:
                 self.publish("best")
             self.best_loss = val_loss
@@ -1150,24 +1153,24 @@ class RunDirectory:
         except DISK_ERRORS as error:
             reason = str(error).partition("\n")[0]
             warn(f"{problem} ({reason}); training continues")
-            shutil.rmtree(f"{self.path}/tmp", ignore_errors=True)
+            shutil.rmtree(self.tmp, ignore_errors=True)
 
     def write_model(self, model, data_dir):
         """Write a Hugging Face model with its tokenizer to tmp."""
-        shutil.rmtree(f"{self.path}/tmp", ignore_errors=True)
-        model.save_pretrained(f"{self.path}/tmp")
+        shutil.rmtree(self.tmp, ignore_errors=True)
+        model.save_pretrained(self.tmp)
         tokenizer_config = {"model_max_length": model.config.block_size}
-        write_json(f"{self.path}/tmp/tokenizer_config.json", tokenizer_config)
+        write_json(f"{self.tmp}/tokenizer_config.json", tokenizer_config)
         for name in ("vocab.json", "merges.txt"):
             if os.path.exists(f"{data_dir}/{name}"):
-                shutil.copyfile(f"{data_dir}/{name}", f"{self.path}/tmp/{name}")
+                shutil.copyfile(f"{data_dir}/{name}", f"{self.tmp}/{name}")
 
     def publish(self, name):
         """Flush tmp to the disk, then rename it, which makes it visible."""
-        for file in os.listdir(f"{self.path}/tmp"):
-            flush_to_disk(f"{self.path}/tmp/{file}")
-        flush_to_disk(f"{self.path}/tmp")
-        os.replace(f"{self.path}/tmp", f"{self.path}/{name}")
+        for file in os.listdir(self.tmp):
+            flush_to_disk(f"{self.tmp}/{file}")
+        flush_to_disk(self.tmp)
+        os.replace(self.tmp, f"{self.path}/{name}")
         flush_to_disk(self.path)
 
 
@@ -1209,7 +1212,7 @@ def load_trainer_state(checkpoint):
         # weights_only: the file cannot run code
         state = torch.load(f"{checkpoint}/trainer.pt", map_location="cpu", weights_only=True)
         if state["format"] != CHECKPOINT_FORMAT:
-            fail(f"{checkpoint} is of an earlier version of train_gpt2.py: start a new run from it with --init_from")
+            fail(f"{checkpoint} is of an earlier version: start a new run from it with --init_from")
     return state
 
 
@@ -1430,7 +1433,7 @@ def parse_args():
     switch = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("data")
-    add("preset", "values of the flags that are not given; those of gpt2, the default, are below", choices=[*PRESETS])
+    add("preset", "values of the other flags (default: gpt2, see below)", choices=[*PRESETS])
     add("data_dir", "directory of token shards")
     add("shuffle", "shuffle the training data; otherwise it is read in file order", action=switch)
     add("seed", "random seed", type=count_or_0)
@@ -1446,11 +1449,11 @@ def parse_args():
 
     group = parser.add_argument_group("optimization")
     add("total_batch_size", "tokens per step, over all processes", type=count)
-    add("micro_batch_size", "sequences per forward pass and process (default: what fits on a GPU)", type=count)
+    add("micro_batch_size", "sequences per forward pass (default: what fits)", type=count)
     add("max_steps", "training steps", type=count)
     add("optimizer", "adamw, or muon for the blocks' matrices and adamw for the rest", choices=OPTIMIZERS)
     add("learning_rate", "peak learning rate", type=positive)
-    schedule_help = "learning rate after the warmup: cosine decay to 10 %%, or wsd: constant, then linear decay to 0"
+    schedule_help = "learning rate: cosine decay to 10 %%, or wsd: constant, then linear decay to 0"
     add("schedule", schedule_help, choices=[*SCHEDULES])
     add("warmup_steps", "steps of linear warmup", type=count_or_0)
     add("weight_decay", "weight decay of matrices and embeddings", type=positive_or_0)
@@ -1462,7 +1465,7 @@ def parse_args():
     add("hellaswag_interval", "steps between HellaSwag scores; 0: never", type=count_or_0)
     add("prompt", "text that the two samples continue; type a line break as $'\\n' in bash")
     add("max_new_tokens", "tokens per sample", type=count)
-    eval_only_help = "only print the validation loss and the HellaSwag score of the model of --resume or --init_from"
+    eval_only_help = "only print the validation loss and the HellaSwag score of a checkpoint"
     group.add_argument("--eval_only", action="store_true", help=eval_only_help)
 
     group = parser.add_argument_group("system")
@@ -1474,9 +1477,9 @@ def parse_args():
     resume_help = "continue the run in --log_dir, with its flags, or start it if there is none"
     group.add_argument("--resume", action="store_true", help=resume_help)
     add("wandb", "also send the metrics to this project of Weights & Biases", metavar="PROJECT")
-    device_help = "auto, cpu, cuda, cuda:1, mps, ...; torchrun gives each process a GPU (default: auto)"
+    device_help = "auto, cpu, cuda, cuda:1, mps, ... (default: auto, one GPU per process)"
     group.add_argument("--device", default="auto", help=device_help)
-    dtype_help = "precision of matmuls (default: bfloat16 where it is fast, else float16 on GPUs, float32 on CPUs)"
+    dtype_help = "precision of matmuls (default: bfloat16 where it is fast)"
     add("dtype", dtype_help, choices=[*DTYPES])
     add("compile", "use torch.compile (default: on GPUs only)", action=switch)
     parser.set_defaults(fingerprint=None)  # of the data, saved with the flags
@@ -1526,7 +1529,8 @@ def init_process(device_name):
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
         torch.cuda.set_device(device)
     else:
-        fail(f"{num_processes} processes need as many GPUs, but there are {num_gpus}: use --device cpu, or fewer")
+        problem = f"{num_processes} processes need as many GPUs, but there are {num_gpus}"
+        fail(f"{problem}: use a smaller --nproc_per_node, or --device cpu")
     # The other ranks wait while rank 0 saves a checkpoint, which takes minutes for a large model on
     # a slow disk. The price of the long timeout: if a rank hangs without crashing, the others
     # notice it after an hour.
@@ -1572,8 +1576,8 @@ def open_data(args):
     """
     meta = on_rank_0(read_data_set, args.data_dir)
     if args.fingerprint not in (None, meta["fingerprint"]) and not args.eval_only:
-        difference = f"is {meta['fingerprint']}, but the run in {args.log_dir} has {args.fingerprint}"
-        fail(f"the data in --data_dir {args.data_dir} {difference}: use the same data, or another --log_dir")
+        problem = f"the data in --data_dir {args.data_dir} is {meta['fingerprint']}, but the run"
+        fail(f"{problem} has {args.fingerprint}: use the same data, or another --log_dir")
     args.fingerprint = meta["fingerprint"]
     train_data = TokenDataset(args.data_dir, "train", meta, args.block_size, args.seed, args.shuffle)
     val_data = TokenDataset(args.data_dir, "val", meta, args.block_size, args.seed, shuffle=False)
@@ -1597,10 +1601,9 @@ def init_model(args, tokenizer, checkpoint):
         return GPT(config)
     model = GPT.from_pretrained(source, args.block_size, args.dropout)
     if model.config.tokenizer != tokenizer:
-        fail(
-            f"{source} uses the tokenizer {model.config.tokenizer}, but the shards in {args.data_dir} use "
-            f"{tokenizer}: regenerate them with --tokenizer {model.config.tokenizer}"
-        )
+        expected = model.config.tokenizer
+        problem = f"{source} uses the tokenizer {expected}, but the shards in {args.data_dir}"
+        fail(f"{problem} use {tokenizer}: regenerate them with --tokenizer {expected}")
     if not checkpoint and not args.eval_only:
         with suppress(OSError, ValueError, KeyError):  # a model from elsewhere has no run.json
             run = json.loads(Path(find_pretrained(source), "..", "run.json").read_text())
@@ -1643,8 +1646,9 @@ def choose_micro_batch_size(model, args, process, autocast):
     tokens = size * args.block_size * process.world_size
     if args.total_batch_size % tokens:
         fail(
-            f"--total_batch_size {args.total_batch_size} is not divisible by {tokens} = --micro_batch_size "
-            f"{size} * --block_size {args.block_size} * {process.world_size} processes: change one of them"
+            f"--total_batch_size {args.total_batch_size} is not divisible by {tokens} = "
+            f"--micro_batch_size {size} * --block_size {args.block_size} * {process.world_size} "
+            "processes: change one of them"
         )
     num_windows = args.total_batch_size // args.block_size // process.world_size  # per step and rank
     if args.micro_batch_size is None and process.device.type == "cuda":
@@ -1913,7 +1917,8 @@ def main():
         model.zero_grad(set_to_none=world_size == 1)
 
         # report the step; its loss is the mean over all micro-batches and ranks
-        mean_loss, mean_norm, all_ranks_stop = average_over_ranks(loss, norm, stop_request.requested(), world_size)
+        stop_here = stop_request.requested()
+        mean_loss, mean_norm, all_ranks_stop = average_over_ranks(loss, norm, stop_here, world_size)
         dt = time.perf_counter() - start
         # a gradient may overflow in float16: update_parameters has skipped such a step
         if not math.isfinite(mean_loss) or not (math.isfinite(mean_norm) or scaler.is_enabled()):
