@@ -14,16 +14,23 @@ if ROOT not in sys.path:
 HEADER = "| task | ours | peer | ratio (range) | fraction of the limit |\n|---|---|---|---|---|"
 
 
-def row(task, ours, peer, ratios, limit):
+def row(task, ours, peer="", ratios=(), limit=""):
     """Return a row of the table. ratios are those of the single rounds; their median is shown first."""
-    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    ratio = ""
+    if ratios:
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     return f"| {task} | {ours} | {peer} | {ratio} | {limit} |"
 
 
 def failed_row(task, reason):
     """Return a row of the table for something that could not be measured."""
     reason = " ".join(str(reason).split()).replace("|", "/")
-    return f"| {task} | failed: {reason[:200]} | | | |"
+    return row(task, f"failed: {reason[:200]}")
+
+
+def environment(device):
+    """Return one line about what was measured: the version of PyTorch, the machine and the date."""
+    return f"torch {torch.__version__}, {machine_name(device)}, {time.strftime('%Y-%m-%d')}"
 
 
 def machine_name(device):
