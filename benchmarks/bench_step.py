@@ -142,8 +142,8 @@ class Contestant:
 
     def compute_gradients(self):
         """Run forward and backward of all micro-batches. Returns the loss of the last one."""
-        kernels = sdpa_kernel(self.variant.attention) if self.variant.attention else nullcontext()
         for _ in range(self.args.grad_accum_steps):
+            kernels = sdpa_kernel(self.variant.attention) if self.variant.attention else nullcontext()
             with self.autocast, kernels:
                 loss = self.loss()
             (loss / self.args.grad_accum_steps).backward()
