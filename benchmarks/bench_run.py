@@ -1,21 +1,23 @@
 """
-Measure train_gpt2.py as a user starts it: time to the first step, tokens/s and memory, for several settings.
+Measure train_gpt2.py as a user starts it: time to the first step, tokens/s and memory, for several
+settings.
 
     python prepare_shakespeare.py
-    python benchmarks/bench_run.py -- --preset shakespeare                     # two CPU cores; a minute
-    python benchmarks/bench_run.py --device cuda -- --data_dir edu_fineweb10B  # GPT-2 124M on one GPU
+    python benchmarks/bench_run.py -- --preset shakespeare      # two CPU cores; a minute
     python benchmarks/bench_run.py --setting= --setting=--compile -- --preset shakespeare
-    python benchmarks/bench_run.py --pauses -- --preset shakespeare            # what interrupts the steps
+    python benchmarks/bench_run.py --pauses -- --preset shakespeare
+    python benchmarks/bench_run.py --device cuda -- --data_dir edu_fineweb10B
 
-Each setting is a run of --steps steps in a process of its own. Flags after -- go to all runs. The time to the end of
-the first step includes Python's start, imports, checking the shards, the search for a micro-batch size on a GPU, a
-validation of one window, two samples of one token, and compiling. tokens/s are the median of the steps from --skip
-on. Memory is the largest amount that the GPU lacked during the run, with the CUDA context and what the allocator
-reserves, or on a CPU the process's peak resident memory. A failed run is a row that says so; the exit status is
-then 1. With --pauses, one run measures the seconds of a checkpoint, a validation with its samples, and HellaSwag.
+Each setting is a run of --steps steps in a process of its own. Flags after -- go to all runs. The
+time to the end of the first step includes Python's start, imports, checking the shards, the search
+for a micro-batch size on a GPU, a validation of one window, two samples of one token, and
+compiling. tokens/s are the median of the steps from --skip on. Memory is the largest amount that
+the GPU lacked during the run, with the CUDA context and what the allocator reserves, or on a CPU
+the process's peak resident memory. A failed run is a row that says so; the exit status is then 1.
+With --pauses, one run measures the seconds of a checkpoint, a validation with its samples, and
+HellaSwag.
 """
 
-import argparse
 import os
 import re
 import shlex
@@ -29,7 +31,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from common import ROOT, environment
+from common import ROOT, environment, make_parser
 
 SETTINGS = {
     "cpu": ["", "--compile", "--optimizer adamw --schedule cosine", "--dtype bfloat16"],
@@ -95,37 +97,40 @@ def measure_settings(args, flags):
     """Print a row for each setting. Returns whether one of them failed."""
     never = args.steps + 1
     flags += shlex.split(
-        f"--max_steps {args.steps} --eval_interval {never} --checkpoint_interval {never} --hellaswag_interval 0 "
-        "--val_tokens 1 --max_new_tokens 1"
+        f"--max_steps {args.steps} --eval_interval {never} --checkpoint_interval {never} "
+        "--hellaswag_interval 0 --val_tokens 1 --max_new_tokens 1"
     )
-    print("| setting | to the first step, s | tokens/s | peak memory, GB | ratio of tokens/s to the first row |")
+    print("| setting | to the first step, s | tokens/s | peak memory, GB | ratio to the first row |")
     print("|---|---|---|---|---|", flush=True)
     reference = None  # tokens/s of the first run
     any_failed = False
     for i, setting in enumerate(args.setting or SETTINGS[args.device]):
         label = setting or "default"
-        status, steps, memory = train([*flags, *args.flags, *shlex.split(setting)], args.device)
+        all_flags = [*flags, *args.flags, *shlex.split(setting)]
+        status, steps, memory = train(all_flags, args.device)
         if status:
-            print(f"| {label} | failed with exit status {status}: see the messages above | | | |", flush=True)
+            print(f"| {label} | failed with exit status {status} | | | |", flush=True)
             any_failed = True
             continue
-        speed = statistics.median(step.speed for number, step in steps.items() if number >= args.skip)
+        # the first steps are slower
+        speed = statistics.median(steps[number].speed for number in steps if number >= args.skip)
         if i == 0:
             reference = speed
         ratio = f"{speed / reference:.2f}" if reference else ""
-        print(f"| {label} | {steps[0].arrival:.1f} | {speed:,.1f} | {memory / 1e9:.2f} | {ratio} |", flush=True)
+        cells = [label, f"{steps[0].arrival:.1f}", f"{speed:,.1f}", f"{memory / 1e9:.2f}", ratio]
+        print(f"| {' | '.join(cells)} |", flush=True)
     return any_failed
 
 
 def measure_pauses(args, flags):
     """Print the seconds of each thing that interrupts the steps. Returns whether the run failed."""
     flags += shlex.split(
-        f"--max_steps 10 --checkpoint_interval {PAUSES['checkpoint']} --eval_interval {PAUSES['validation']} "
-        f"--hellaswag_interval {PAUSES['HellaSwag']}"
+        f"--max_steps 10 --checkpoint_interval {PAUSES['checkpoint']} "
+        f"--eval_interval {PAUSES['validation']} --hellaswag_interval {PAUSES['HellaSwag']}"
     )
     status, steps, _ = train([*flags, *args.flags], args.device)
     if status:
-        print(f"failed with exit status {status}: see the messages above")
+        print(f"failed with exit status {status}")
         return True
     print("| what | seconds |\n|---|---|")
     for name, number in PAUSES.items():
@@ -136,13 +141,14 @@ def measure_pauses(args, flags):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=int, default=30, help="steps per run (default: 30)")
-    add("--skip", type=int, default=5, help="first steps that do not count (default: 5)")
-    add("--device", choices=list(SETTINGS), default="cpu", help="device (default: cpu)")
-    add("--setting", action="append", metavar="FLAGS", help="flags of one run; give it once per run (default: four)")
-    add("--pauses", action="store_true", help="measure checkpoints and evaluations instead of settings")
+    settings_help = "flags of one run; give it once per run (default: four settings)"
+    add("--steps", type=int, default=30, help="steps per run")
+    add("--skip", type=int, default=5, help="first steps that do not count")
+    add("--device", choices=list(SETTINGS), default="cpu", help="device")
+    add("--setting", action="append", metavar="FLAGS", help=settings_help)
+    add("--pauses", action="store_true", help="measure checkpoints and evaluations instead")
     add("flags", nargs="*", help="flags of train_gpt2.py for all runs, after --")
     args = parser.parse_args()
     if args.skip >= args.steps:

@@ -1,24 +1,25 @@
 """
 Compare a training step of train_gpt2.py's GPT-2 124M with transformers' GPT2LMHeadModel.
 
-    python benchmarks/bench_step.py                            # two CPU cores: B=4, T=256, float32; 3 minutes
-    python benchmarks/bench_step.py --dtype bfloat16           # the same under bfloat16 autocast
-    python benchmarks/bench_step.py --dtype bfloat16 --only "ours" "ours, float32" "ours, plain loss"
-    python benchmarks/bench_step.py --device cuda --dtype bfloat16 --micro_batch_size 32 --block_size 1024 \\
-        --grad_accum_steps 16 --only "transformers compiled" "ours compiled"
+    python benchmarks/bench_step.py                   # two CPU cores, float32; 3 minutes
+    python benchmarks/bench_step.py --dtype bfloat16
+    python benchmarks/bench_step.py --dtype bfloat16 --only "ours" "ours, plain loss"
+    python benchmarks/bench_step.py --device cuda --dtype bfloat16 --micro_batch_size 32 \\
+        --block_size 1024 --grad_accum_steps 16 --only "transformers compiled" "ours compiled"
 
-A step is forward and backward of each micro-batch, clipping, and fused AdamW, on random tokens. transformers computes
-its own loss. The contestants take turns in one process, so that a machine that slows down slows all of them. Prints
-tokens/s, the ratio to the peer round by round if the peer is measured too, the fraction of the matmul speed measured
-between the rounds (6 N + 12 n_layer n_embd T FLOPs per token), the seconds of the first step with compilation, and on
-a GPU the peak memory. Compilation is never taken from torch.compile's caches. The variants behind a comma change one
-thing: "float32" computes without autocast, "plain loss" computes the loss of all rows at once, "plain attention"
-stores all scores, "flash attention" takes FlashAttention where cuDNN's attention is the default, "bfloat16 residual"
-keeps the residual stream in bfloat16, and "tuned" lets the compiler try more variants of each kernel. --profile prints
-to stderr what the time of the last contestant goes into.
+A step is forward and backward of each micro-batch, clipping, and fused AdamW, on random tokens.
+transformers computes its own loss. The contestants take turns in one process, so that a machine
+that slows down slows all of them. Prints tokens/s, the ratio to the peer round by round if the peer
+is measured too, the fraction of the matmul speed measured between the rounds (6 N + 12 n_layer
+n_embd T FLOPs per token), the seconds of the first step with compilation, and on a GPU the peak
+memory. Compilation is never taken from torch.compile's caches. The variants behind a comma change
+one thing: "float32" computes without autocast, "plain loss" computes the loss of all rows at once,
+"plain attention" stores all scores, "flash attention" takes FlashAttention where cuDNN's attention
+is the default, "bfloat16 residual" keeps the residual stream in bfloat16, and "tuned" lets the
+compiler try more variants of each kernel. --profile prints to stderr what the time of the last
+contestant goes into.
 """
 
-import argparse
 import gc
 import math
 import statistics
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from common import HEADER, environment, failed_row, matmul_peak, row, synchronize
+from common import HEADER, environment, failed_row, make_parser, matmul_peak, row, synchronize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
@@ -74,14 +75,16 @@ class Variant:
 # Two models of equal structure are one program for torch.compile, unless their options differ: the
 # second one would run the code of the first one, with the attention kernel of the first one.
 OWN_CODE = {"fx_graph_cache": False}
+PLAIN_LOSS = (train_gpt2, "cross_entropy", plain_cross_entropy)
+PLAIN_ATTENTION = (F, "scaled_dot_product_attention", plain_attention)
 VARIANTS = {
     "transformers": Variant(is_ours=False),
     "transformers compiled": Variant("transformers", is_ours=False, compile=True),
     "ours": Variant("transformers"),
     "ours compiled": Variant("transformers compiled", compile=True),
     "ours, float32": Variant("ours", float32=True),
-    "ours, plain loss": Variant("ours", replaced=(train_gpt2, "cross_entropy", plain_cross_entropy)),
-    "ours, plain attention": Variant("ours", replaced=(F, "scaled_dot_product_attention", plain_attention)),
+    "ours, plain loss": Variant("ours", replaced=PLAIN_LOSS),
+    "ours, plain attention": Variant("ours", replaced=PLAIN_ATTENTION),
     "ours, bfloat16 residual": Variant("ours", bfloat16_residual=True),
     "ours compiled, bfloat16 residual": Variant("ours compiled", compile=True, bfloat16_residual=True),
     "ours compiled, flash attention": Variant(
@@ -101,7 +104,8 @@ class Contestant:
         if args.dtype != "float32" and not variant.float32:
             self.autocast = torch.autocast(args.device, getattr(torch, args.dtype))
         torch.manual_seed(0)
-        self.tokens = torch.randint(50257, (args.micro_batch_size, args.block_size + 1), device=args.device)
+        shape = (args.micro_batch_size, args.block_size + 1)
+        self.tokens = torch.randint(50257, shape, device=args.device)
         self.model = self.make_ours() if variant.is_ours else self.make_theirs()
         self.model.to(args.device)
         self.optimizer = torch.optim.AdamW(
@@ -143,7 +147,9 @@ class Contestant:
     def compute_gradients(self):
         """Run forward and backward of all micro-batches. Returns the loss of the last one."""
         for _ in range(self.args.grad_accum_steps):
-            kernels = sdpa_kernel(self.variant.attention) if self.variant.attention else nullcontext()
+            kernels = nullcontext()
+            if self.variant.attention:
+                kernels = sdpa_kernel(self.variant.attention)
             with self.autocast, kernels:
                 loss = self.loss()
             (loss / self.args.grad_accum_steps).backward()
@@ -179,7 +185,8 @@ def make_config(args):
 def prepare(names, args):
     """Make all contestants and their first steps, which compile.
 
-    Returns ({name: contestant}, {name: text about its first step and memory}, {name: reason of a failure}).
+    Returns ({name: contestant}, {name: text about its first step and memory},
+    {name: reason of a failure}).
     """
     contestants, notes, failed = {}, {}, {}
     for name in names:
@@ -204,29 +211,30 @@ def prepare(names, args):
 
 def print_profile(contestant):
     """Print the kernels that take the most time in a step to stderr."""
-    is_cuda = contestant.args.device == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as profiler:
+    activity, order = ProfilerActivity.CPU, "self_cpu_time_total"
+    if contestant.args.device == "cuda":
+        activity, order = ProfilerActivity.CUDA, "self_device_time_total"
+    with profile(activities=[activity]) as profiler:
         contestant.step()
-    order = "self_device_time_total" if is_cuda else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=100)
     print(table, file=sys.stderr)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--n_layer", type=int, default=12, help="number of blocks (default: 12)")
-    add("--n_head", type=int, default=12, help="attention heads per block (default: 12)")
-    add("--n_embd", type=int, default=768, help="channels (default: 768)")
-    add("--micro_batch_size", type=int, default=4, help="sequences per forward pass (default: 4)")
-    add("--block_size", type=int, default=256, help="tokens per sequence (default: 256)")
-    add("--grad_accum_steps", type=int, default=1, help="micro-batches per step (default: 1)")
-    add("--steps", type=int, default=7, help="timed steps per contestant (default: 7)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="device (default: cpu)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="autocast (default: float32)")
-    usual = ["transformers", "transformers compiled", "ours", "ours compiled"]
+    dtypes = ["float32", "bfloat16", "float16"]
     names = list(VARIANTS)
-    add("--only", nargs="+", choices=names, default=usual, metavar="NAME", help=f"of {names} (default: {usual})")
+    add("--n_layer", type=int, default=12, help="number of blocks")
+    add("--n_head", type=int, default=12, help="attention heads per block")
+    add("--n_embd", type=int, default=768, help="channels")
+    add("--micro_batch_size", type=int, default=4, help="sequences per forward pass")
+    add("--block_size", type=int, default=256, help="tokens per sequence")
+    add("--grad_accum_steps", type=int, default=1, help="micro-batches per step")
+    add("--steps", type=int, default=7, help="timed steps per contestant")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="device")
+    add("--dtype", choices=dtypes, default="float32", help="dtype of autocast")
+    add("--only", nargs="+", choices=names, default=names[:4], metavar="NAME", help=f"of {names}")
     add("--profile", action="store_true", help="print the kernels of the last contestant to stderr")
     return parser.parse_args()
 
@@ -234,7 +242,8 @@ def parse_args():
 def main():
     args = parse_args()
     torch.set_float32_matmul_precision("high")
-    torch.compiler.config.force_disable_caches = True  # the caches do not distinguish attention kernels
+    # the caches do not distinguish attention kernels
+    torch.compiler.config.force_disable_caches = True
     names = [name for name in VARIANTS if name in args.only]
     contestants, notes, failed = prepare(names, args)
 
@@ -255,7 +264,8 @@ def main():
     flops = 6 * num_params + 12 * args.n_layer * args.n_embd * args.block_size  # per token
     peak = statistics.median(peaks)
     print(environment(args.device))
-    print(f"medians of {args.steps} steps of {tokens:,} tokens, matmul peak {peak / 1e12:.3g} TFLOP/s\n\n{HEADER}")
+    print(f"medians of {args.steps} steps of {tokens:,} tokens, ", end="")
+    print(f"matmul peak {peak / 1e12:.3g} TFLOP/s\n\n{HEADER}")
     size = f"{num_params / 1e6:.0f}M, B={args.micro_batch_size}, T={args.block_size}, {args.dtype}"
     speed = {name: tokens / statistics.median(each) for name, each in seconds.items()}
     for name in names:
@@ -263,10 +273,12 @@ def main():
         if name in failed:
             print(failed_row(task, failed[name]))
             continue
-        peer, ratios = "", []
-        if VARIANTS[name].peer in speed:
-            peer = f"{VARIANTS[name].peer}: {speed[VARIANTS[name].peer]:,.0f} tokens/s"
-            ratios = [b / a for a, b in zip(seconds[name], seconds[VARIANTS[name].peer], strict=True)]
+        peer, ratios = VARIANTS[name].peer, []
+        if peer in speed:
+            ratios = [b / a for a, b in zip(seconds[name], seconds[peer], strict=True)]
+            peer = f"{peer}: {speed[peer]:,.0f} tokens/s"
+        else:
+            peer = ""
         limit = f"{speed[name] * flops / peak:.0%} of the matmul peak, {notes[name]}"
         print(row(task, f"{speed[name]:,.0f} tokens/s", peer, ratios, limit))
 

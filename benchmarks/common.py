@@ -1,5 +1,6 @@
 """What the benchmarks share: their table, the machine's name, and the speed of its matmuls."""
 
+import argparse
 import os
 import statistics
 import sys
@@ -14,8 +15,20 @@ if ROOT not in sys.path:
 HEADER = "| task | ours | peer | ratio (range) | fraction of the limit |\n|---|---|---|---|---|"
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and shows the defaults."""
+
+
+def make_parser(description):
+    """Return a parser whose help shows a benchmark's docstring and the defaults of its flags."""
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+
+
 def row(task, ours, peer="", ratios=(), limit=""):
-    """Return a row of the table. ratios are those of the single rounds; their median is shown first."""
+    """Return a row of the table.
+
+    ratios are those of the single rounds: their median and their range are shown.
+    """
     ratio = ""
     if ratios:
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -34,7 +47,7 @@ def environment(device):
 
 
 def machine_name(device):
-    """Return the name of the GPU, or that of the CPU with the number of threads and its fast bfloat16 units."""
+    """Return the name of the GPU, or of the CPU with its threads and its fast bfloat16 units."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = "CPU"
@@ -54,8 +67,9 @@ def synchronize(device):
 
 
 def matmul_peak(device, dtype):
-    """Return the FLOP/s of a large square matmul, the best of half a second of repeated measurements."""
+    """Return the FLOP/s of a large square matmul, the best within half a second."""
     n = 8192 if device == "cuda" else 2048
+    # repeat, because other programs and the clock of the processor disturb single measurements
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = 0.0
     end = time.perf_counter() + 0.5

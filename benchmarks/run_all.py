@@ -1,15 +1,16 @@
 """
-Run the benchmarks that compare the scripts with other implementations, one after the other. All print the same columns.
+Run the benchmarks that compare the scripts with other implementations, one after the other. All
+print the same columns.
 
     python benchmarks/run_all.py                      # a quarter of an hour on two CPU cores
     python benchmarks/run_all.py --device cuda        # one GPU; ten minutes
     python benchmarks/run_all.py --only sample hellaswag
 
-Tokenizing takes the parquet files of --source or, without them, input.txt in documents of 5,000 characters. GPT-2's
-vocabulary is needed (a network, or TIKTOKEN_CACHE_DIR). The exit status is 1 if a benchmark failed.
+Tokenizing takes the parquet files of --source or, without them, input.txt in documents of 5,000
+characters. GPT-2's vocabulary is needed (a network, or TIKTOKEN_CACHE_DIR). The exit status is 1 if
+a benchmark failed.
 """
 
-import argparse
 import shlex
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import tempfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import ROOT
+from common import ROOT, make_parser
 
 COMMANDS = {  # benchmark and flags; float32 and bfloat16 on CPUs, bfloat16 on GPUs
     "cpu": [
@@ -32,7 +33,7 @@ COMMANDS = {  # benchmark and flags; float32 and bfloat16 on CPUs, bfloat16 on G
     ],
     "cuda": [
         # 524,288 tokens per step, as in the preset gpt2; transformers fits into 80 GB at B=32
-        "step --device cuda --dtype bfloat16 --micro_batch_size 32 --block_size 1024 --grad_accum_steps 16 --steps 3",
+        "step --device cuda --dtype bfloat16 --steps 3 --micro_batch_size 32 --block_size 1024 --grad_accum_steps 16",
         "sample --device cuda --dtype bfloat16 --batch_sizes 1 4 64",
         "hellaswag --device cuda --dtype bfloat16 --examples 10042 --parts 10",
         "fineweb",
@@ -50,13 +51,15 @@ def write_documents(path):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     names = ["step", "sample", "hellaswag", "fineweb"]
-    add("--device", choices=list(COMMANDS), default="cpu", help="device (default: cpu)")
-    add("--only", nargs="+", choices=names, default=names, help=f"benchmarks to run (default: {names})")
-    add("--source", nargs="+", metavar="FILE", help="parquet files to tokenize (default: made from input.txt)")
-    add("--add", default="", metavar="FLAGS", help="flags for each benchmark, such as '--n_layer 1' to try everything")
+    source_help = "parquet files to tokenize (default: made from input.txt)"
+    add_help = "flags for each benchmark, such as '--n_layer 1' to try everything"
+    add("--device", choices=list(COMMANDS), default="cpu", help="device")
+    add("--only", nargs="+", choices=names, default=names, help="benchmarks to run")
+    add("--source", nargs="+", metavar="FILE", help=source_help)
+    add("--add", default="", metavar="FLAGS", help=add_help)
     return parser.parse_args()
 
 

@@ -1,5 +1,6 @@
 """The benchmarks at tiny sizes on the CPU: what they print and compare, not their figures."""
 
+import argparse
 import importlib.util
 import re
 import subprocess
@@ -75,10 +76,10 @@ def test_run_all_runs_each_benchmark_in_its_dtypes(tiktoken_cache):
 
 
 # -------------------------------------------------------------------------- variants of the step
-def step_args(module, **changes):
+def step_args(**changes):
     """Return the arguments of bench_step.py for a model of 100,000 parameters."""
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 2, "block_size": 8, "micro_batch_size": 2, "grad_accum_steps": 1}
-    return module.argparse.Namespace(**{**sizes, "device": "cpu", "dtype": "float32", **changes})
+    return argparse.Namespace(**{**sizes, "device": "cpu", "dtype": "float32", **changes})
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-3)])
@@ -87,7 +88,7 @@ def test_every_variant_of_a_step_has_the_same_losses(dtype, tolerance, benchmark
     losses = {}
     for name, variant in bench_step.VARIANTS.items():
         if variant.is_ours and not variant.compile:
-            contestant = bench_step.Contestant(variant, step_args(bench_step, dtype=dtype))
+            contestant = bench_step.Contestant(variant, step_args(dtype=dtype))
             losses[name] = [contestant.step()[1] for _ in range(3)]
     assert len(losses) == 5
     if dtype == "float32":
@@ -105,7 +106,7 @@ def test_a_compiled_variant_computes_with_its_own_attention_kernel(benchmark):
     math = bench_step.Variant(compile=True, options=bench_step.OWN_CODE, attention=[bench_step.SDPBackend.MATH])
     kernels = []
     for variant in (usual, math):
-        contestant = bench_step.Contestant(variant, step_args(bench_step))
+        contestant = bench_step.Contestant(variant, step_args())
         contestant.step()
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             contestant.step()
