@@ -87,12 +87,11 @@ def test_every_variant_of_a_step_has_the_same_losses(dtype, tolerance, benchmark
     bench_step = benchmark("bench_step")
     losses = {}
     for name, variant in bench_step.VARIANTS.items():
-        if variant.is_ours and not variant.compile:
+        needs_autocast = variant.bfloat16_residual and dtype == "float32"
+        if variant.is_ours and not variant.compile and not needs_autocast:
             contestant = bench_step.Contestant(variant, step_args(dtype=dtype))
             losses[name] = [contestant.step()[1] for _ in range(3)]
-    assert len(losses) == 5
-    if dtype == "float32":
-        del losses["ours, bfloat16 residual"]  # it is a variant of autocast
+    assert len(losses) >= 4
     assert losses["ours"][2] < losses["ours"][0]
     for name, values in losses.items():
         assert values == pytest.approx(losses["ours"], abs=tolerance), name
