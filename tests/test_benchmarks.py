@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, call, tiny_flags
+from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -37,7 +38,10 @@ def benchmark(monkeypatch):
 def rows(text):
     """Return the rows of the last table in a text, each a list of cells, without its header."""
     table = text.rpartition("|---|")[2].partition("\n\n")[0]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[1:]]
+    cells = []
+    for line in table.splitlines()[1:]:
+        cells.append([cell.strip() for cell in line.split("|")[1:-1]])
+    return cells
 
 
 def start(name, *flags):
@@ -47,15 +51,18 @@ def start(name, *flags):
 
 
 # ------------------------------------------------------------------------- comparisons with others
-COMPARISONS = [  # benchmark, flags, number of rows, what the last column says
-    ("bench_step", f"{STEP} --only transformers ours", 2, "of the matmul peak"),
-    ("bench_sample", f"{MODEL} --prompt_tokens 4 --max_new_tokens 4 --rounds 1 --batch_sizes 1 2", 2, "tokens equal"),
-    ("bench_hellaswag", f"{MODEL} --source {ROOT}/input.txt --examples 4 --parts 1", 1, "4 of 4 predictions equal"),
-]
+SAMPLE = f"{MODEL} --prompt_tokens 4 --max_new_tokens 4 --rounds 1 --batch_sizes"
+HELLASWAG = f"{MODEL} --source {ROOT}/input.txt --examples 4 --parts 1"
+COMPARISONS = {  # flags, number of rows, what the last column says
+    "bench_step": (f"{STEP} --only transformers ours", 2, "of the matmul peak"),
+    "bench_sample": (f"{SAMPLE} 1 2", 2, "tokens equal"),
+    "bench_hellaswag": (HELLASWAG, 1, "4 of 4 predictions equal"),
+}
 
 
-@pytest.mark.parametrize(("name", "flags", "number", "words"), COMPARISONS, ids=[row[0] for row in COMPARISONS])
-def test_a_benchmark_compares_with_its_peer(name, flags, number, words, benchmark, tiktoken_cache):
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_benchmark_compares_with_its_peer(name, benchmark, tiktoken_cache):
+    flags, number, words = COMPARISONS[name]
     done = call(benchmark(name), *flags.split(), "--device", "cpu")
     assert done.returncode == 0, done.stderr
     table = rows(done.stdout)
@@ -68,8 +75,7 @@ def test_a_benchmark_compares_with_its_peer(name, flags, number, words, benchmar
 
 
 def test_run_all_runs_each_benchmark_in_its_dtypes(tiktoken_cache):
-    tiny = f"{MODEL} --prompt_tokens 4 --max_new_tokens 4 --rounds 1 --batch_sizes 1"
-    done = start("run_all", "--only", "sample", "--add", tiny)
+    done = start("run_all", "--only", "sample", "--add", f"{SAMPLE} 1")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^\| sampling, .*, (\w+) \|", done.stdout, re.M) == ["float32", "bfloat16"]
     assert start("run_all", "--only", "sample", "--add=--no_such_flag").returncode == 1
@@ -78,8 +84,9 @@ def test_run_all_runs_each_benchmark_in_its_dtypes(tiktoken_cache):
 # -------------------------------------------------------------------------- variants of the step
 def step_args(**changes):
     """Return the arguments of bench_step.py for a model of 100,000 parameters."""
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 2, "block_size": 8, "micro_batch_size": 2, "grad_accum_steps": 1}
-    return argparse.Namespace(**{**sizes, "device": "cpu", "dtype": "float32", **changes})
+    args = {"n_layer": 1, "n_head": 2, "n_embd": 2, "block_size": 8, "micro_batch_size": 2}
+    args |= {"grad_accum_steps": 1, "device": "cpu", "dtype": "float32"}
+    return argparse.Namespace(**{**args, **changes})
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-3)])
@@ -98,11 +105,11 @@ def test_every_variant_of_a_step_has_the_same_losses(dtype, tolerance, benchmark
 
 
 def test_a_compiled_variant_computes_with_its_own_attention_kernel(benchmark):
-    """torch.compile would take the code of a model of equal structure, with the kernel of that model."""
+    """torch.compile would take the code of a model of equal structure, with its kernel."""
     bench_step = benchmark("bench_step")
     torch.compiler.config.force_disable_caches = True  # as main() does
     usual = bench_step.VARIANTS["ours compiled"]
-    math = bench_step.Variant(compile=True, options=bench_step.OWN_CODE, attention=[bench_step.SDPBackend.MATH])
+    math = bench_step.Variant(compile=True, options=bench_step.OWN_CODE, attention=[SDPBackend.MATH])
     kernels = []
     for variant in (usual, math):
         contestant = bench_step.Contestant(variant, step_args())
@@ -110,8 +117,8 @@ def test_a_compiled_variant_computes_with_its_own_attention_kernel(benchmark):
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             contestant.step()
         kernels.append({event.key for event in profiler.key_averages()})
-    is_flash = [any("flash_attention" in name for name in names) for names in kernels]
-    assert is_flash == [True, False]
+    assert "flash_attention" in str(kernels[0])
+    assert "flash_attention" not in str(kernels[1])
 
 
 # ------------------------------------------------------------------------------------ other tables
@@ -136,26 +143,26 @@ def test_bench_loader_reports_memory_and_time(benchmark):
 def test_bench_run_compares_settings_and_measures_pauses(byte_shards):
     changes = dict.fromkeys(("max_steps", "eval_interval", "checkpoint_interval", "log_interval"))
     flags = ["--", "--preset", "shakespeare", "--data_dir", byte_shards, *tiny_flags(**changes)]
-    settings = ["--setting=", "--setting=--no_such_flag", "--setting=--optimizer adamw"]
+    settings = ["--setting=", "--setting=--no_such_flag"]
     done = start("bench_run", "--steps", 4, "--skip", 1, *settings, *flags)
     assert done.returncode == 1
-    usual, failed, adamw = rows(done.stdout)
-    assert usual[0] == "default" and usual[-1] == "1.00"
-    assert failed[1].startswith("failed with exit status 2")
-    seconds, speed, memory, ratio = (float(cell.replace(",", "")) for cell in adamw[1:])
+    usual, failed = rows(done.stdout)
+    values = [float(cell.replace(",", "")) for cell in usual[1:]]
+    seconds, speed, memory, ratio = values
     assert seconds > 0.5  # importing torch alone takes longer
-    assert 0.05 < memory < 10
-    assert ratio == pytest.approx(speed / float(usual[2].replace(",", "")), abs=0.01)
+    assert speed > 0 and 0.05 < memory < 10 and ratio == 1
+    assert failed[1].startswith("failed with exit status 2")
     # a checkpoint and a validation take time, and HellaSwag does not happen with bytes
     done = start("bench_run", "--pauses", *flags)
-    checkpoint, validation, hellaswag = (float(row[1]) for row in rows(done.stdout))
-    assert checkpoint > 0.005 and validation > 0.005 and hellaswag < 0.5
+    seconds = {what: float(value) for what, value in rows(done.stdout)}
+    assert list(seconds) == ["checkpoint", "validation", "HellaSwag"]
+    assert seconds["checkpoint"] > 0.005 and seconds["validation"] > 0.005
 
 
 def test_bench_recipe_reports_what_the_logs_say(byte_shards, tmp_path):
     changes = dict.fromkeys(("max_steps", "warmup_steps", "learning_rate"))
-    flags = ["--steps", 6, "--adamw_rates", 1e-4, 1e-2, "--muon_rates", 2e-2, "--fractions", 0.5, "--seeds", 1]
-    flags += ["--bfloat16_residual", "--out_dir", tmp_path, "--", "--data_dir", byte_shards]
+    flags = ["--steps", 6, "--adamw_rates", 1e-4, 1e-2, "--muon_rates", 2e-2, "--fractions", 0.5]
+    flags += ["--seeds", 1, "--bfloat16_residual", "--out_dir", tmp_path, "--", "--data_dir", byte_shards]
     done = start("bench_recipe", *flags, *tiny_flags(**changes, dtype="bfloat16"))
     assert done.returncode == 0, done.stderr
 
