@@ -140,20 +140,13 @@ class Contestant:
     def loss(self):
         """Compute the loss of a micro-batch."""
         x, y = self.tokens[:, :-1], self.tokens[:, 1:]
-        if self.variant.is_ours:
-            return self.run(x, y)[1]
-        return self.run(x, labels=x).loss  # it shifts the labels itself
-
-    def compute_gradients(self):
-        """Run forward and backward of all micro-batches. Returns the loss of the last one."""
-        for _ in range(self.args.grad_accum_steps):
-            kernels = nullcontext()
-            if self.variant.attention:
-                kernels = sdpa_kernel(self.variant.attention)
-            with self.autocast, kernels:
-                loss = self.loss()
-            (loss / self.args.grad_accum_steps).backward()
-        return loss
+        kernels = nullcontext()
+        if self.variant.attention:
+            kernels = sdpa_kernel(self.variant.attention)
+        with self.autocast, kernels:
+            if self.variant.is_ours:
+                return self.run(x, y)[1]
+            return self.run(x, labels=x).loss  # it shifts the labels itself
 
     def step(self):
         """Make an optimizer step. Returns (seconds, loss before the step)."""
@@ -163,7 +156,11 @@ class Contestant:
             original = getattr(module, name)
             setattr(module, name, function)
         start = time.perf_counter()
-        loss = self.compute_gradients()
+        # accumulate the gradients of all micro-batches
+        for _ in range(self.args.grad_accum_steps):
+            loss = self.loss()
+            (loss / self.args.grad_accum_steps).backward()
+        # clip and update
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
