@@ -9,6 +9,7 @@ nothing has to be restored.
 """
 
 import errno
+import importlib
 import itertools
 import os
 import resource
@@ -709,4 +710,29 @@ def test_a_file_system_without_locks_gives_one_warning(byte_shards, tmp_path, wh
     done = train(byte_shards, tmp_path / "log", *FLAGS, before=before)
     assert done.returncode == 0
     assert done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
+    assert_same_run(tmp_path / "log", whole)
+
+
+def test_a_system_like_windows_can_train_and_resume(byte_shards, tmp_path, whole):
+    """It has neither fcntl nor SIGUSR1, and directories cannot be opened."""
+
+    def before(rank):
+        for name in [name for name in sys.modules if name.startswith("filelock")]:
+            del sys.modules[name]  # it is imported again, now without fcntl
+        sys.modules["fcntl"] = None
+        del signal.SIGUSR1
+        open_file = os.open
+
+        def refuse_directories(path, *args, **options):
+            if isinstance(path, str | Path) and os.path.isdir(path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            return open_file(path, *args, **options)
+
+        os.open = refuse_directories
+        importlib.reload(shutil)  # it notices, and works as on Windows
+        at_step(2, send("SIGTERM"))(rank)
+
+    for _ in range(2):
+        done = train(byte_shards, tmp_path / "log", *FLAGS, "--resume", before=before)
+        assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "log", whole)
