@@ -585,6 +585,9 @@ def main():
     if hasattr(sys.stdout, "reconfigure"):  # Jupyter's stdout has no such method
         sys.stdout.reconfigure(errors="replace")  # "?" for what a terminal cannot show
     args = parse_args()
+    # Do not use cuDNN's attention: it builds a new plan for each new length, which takes longer
+    # than the attention itself, and the length changes with every token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # Load the model and tokenize the prompt.
     device = pick_device(args.device)
     model, tokenizer, directory = load_model(args.model, device, getattr(torch, args.dtype))

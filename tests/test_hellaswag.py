@@ -257,7 +257,9 @@ def test_the_trainer_finds_the_same_accuracy_in_the_prepared_file(tmp_path, exam
 # ------------------------------------------------------------------------------ flags and files
 def test_limit_takes_the_first_examples(tmp_path, tiny):
     model, flags, examples = tiny
+    torch.backends.cuda.enable_cudnn_sdp(True)
     result, lines = evaluate(tmp_path, *flags, "--limit", 7)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # slow, because each length is new to it
     assert_equals_plain_method(result, model, examples[:7])
     assert lines[-1].startswith("7 acc: ")
     assert evaluate(tmp_path, *flags, "--limit", 1000)[0]["n"] == 20

@@ -489,10 +489,12 @@ def test_a_run_directory_means_its_newest_checkpoint(tmp_path, monkeypatch):
 def test_one_line_on_stderr_says_which_model_it_is(tmp_path):
     make_model(tmp_path / "step_000007", n_layer=1, n_head=1, n_embd=8, n_positions=16)
     num_parameters = 257 * 8 + 16 * 8 + 2 * 8 + (4 * 8 + 4 * 8 * 8 + 4 * 8 + 8 * 8 * 8 + 5 * 8)  # by hand
+    torch.backends.cuda.enable_cudnn_sdp(True)
     done = call("sample", "--model", tmp_path, "--max_new_tokens", 1, *GREEDY)
     assert done.stderr.count("\n") == 1
     assert str(tmp_path / "step_000007") in done.stderr
     assert f"{num_parameters:,}" in done.stderr
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # slow, because each length is new to it
 
 
 def test_a_checkpoint_of_the_trainer_continues_as_the_trainer_says(tmp_path, byte_shards):
