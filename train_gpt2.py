@@ -2,30 +2,28 @@
 Lesson 3: pre-train GPT-2 (124M to 1.6B parameters) on a CPU, one GPU or many GPUs.
 
     python prepare_shakespeare.py
-    python train_gpt2.py --preset shakespeare                # 0.8M parameters, about a minute on two CPU cores
+    python train_gpt2.py --preset shakespeare                # 0.8M parameters, a minute on two CPU cores
 
     python fineweb.py
-    python hellaswag.py --prepare                            # optional: evaluate on HellaSwag during training
+    python hellaswag.py --prepare                            # optional: HellaSwag scores during training
     python train_gpt2.py                                     # GPT-2 124M on one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py   # the same on eight GPUs
     torchrun --standalone --nproc_per_node=8 --max-restarts=3 train_gpt2.py --resume
                                                              # the same, restarted after a crash
 
-Reads the token shards in --data_dir and, if it exists, hellaswag/hellaswag_val.npz. Writes to --log_dir:
-log.txt with one "step kind value" line per metric, run.json with the settings, and checkpoints
-step_NNNNNN/, which transformers' AutoModelForCausalLM.from_pretrained loads. The kinds of metrics are
-train, val, hella (HellaSwag), lr, norm, tok/s and skipped (number of float16 steps that were skipped since
-this process started). A step sees the same tokens on any number of processes.
+Reads the token shards in --data_dir and, if it exists, hellaswag/hellaswag_val.npz. Writes to
+--log_dir: log.txt with one "step kind value" line per metric (train, val, hella, lr, norm, tok/s
+and, for each float16 step that was skipped, skipped), run.json with the settings, checkpoints
+step_NNNNNN/, and with --save_best the best model, best/. transformers'
+AutoModelForCausalLM.from_pretrained loads both. A step sees the same tokens on any number of
+processes.
 
 The loss at step 0 is about ln(vocab_size) + n_embd * 0.02^2 / 2 (half the variance of the logits):
-10.98 for GPT-2 124M, 5.58 for --preset shakespeare. --preset shakespeare ends at 1.55 nats per byte, after
-71 seconds on two CPU cores. The full run of the 124M model has not been made with this script yet.
-build-nanogpt reached a validation loss below 3.29 on FineWeb-Edu with this recipe, and published runs of
-this size took 45 minutes to 3 hours on eight GPUs (docs/reproduce.md).
+10.98 for GPT-2 124M, 5.58 for --preset shakespeare, which ends at 1.55 nats per byte. The full run
+of the 124M model has not been made with this script yet (docs/reproduce.md).
 
-Sections: model, data, optimizer, evaluation, run directory, resuming, stopping, command line, setup,
-reporting, training loop.
-In a hurry, read main() at the end.
+Sections: errors, model, data, optimizer, evaluation, run directory, resuming, stopping, command
+line, setup, training loop. In a hurry, read main() at the end.
 """
 
 import argparse
@@ -35,15 +33,20 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import time
 import traceback
-import warnings
-from contextlib import nullcontext, suppress
+import uuid
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import numpy as np
@@ -58,7 +61,49 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 HELLASWAG_PATH = "hellaswag/hellaswag_val.npz"  # written by hellaswag.py --prepare
-TOKENIZER_FILES = ("vocab.json", "merges.txt")  # from which transformers builds the tokenizer
+
+
+# --------------------------------------------------------------------------------------- errors
+class UserError(Exception):
+    """Something that the user can correct: run() prints it in one line and exits with status 2."""
+
+
+class RankError(UserError):
+    """A UserError that may occur on one rank only, such as a damaged shard."""
+
+
+def fail(message):
+    """Raise UserError."""
+    raise UserError(message)
+
+
+@contextmanager
+def explain(problem, advice, error_class=UserError):
+    """Turn any error in the with block into one line that says what failed, why, and what to do.
+
+    For blocks that use something from outside: damaged files raise errors of many types.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # the messages of other types, such as KeyError, say nothing without the type
+        is_clear = isinstance(error, (OSError, ValueError)) and str(error)
+        reason = str(error) if is_clear else f"{type(error).__name__}: {error}"
+        raise error_class(f"{problem} ({reason[:300]}): {advice}") from error
+
+
+def say(message, file=None):
+    """Print on rank 0. A closed terminal, or a full disk in its place, must not end a run."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            print(message, file=file, flush=True)
+
+
+def warn(message):
+    """Print a warning on rank 0."""
+    say(f"warning: {message}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------- model
@@ -98,14 +143,13 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        n_inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, n_inner)
-        self.activation = ACTIVATIONS[config.activation_function]  # defined below; GPT-2 has GELU
-        self.c_proj = nn.Linear(n_inner, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):  # (B, T, C) -> (B, T, n_inner) -> (B, T, C)
-        x = self.activation(self.c_fc(x))
+    def forward(self, x):  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        x = self.gelu(self.c_fc(x))
         return self.resid_dropout(self.c_proj(x))
 
 
@@ -116,9 +160,9 @@ class Block(nn.Module):
         super().__init__()
         # Pre-norm: each sublayer normalizes its input, and the residual stream itself is never
         # normalized, so that gradients flow through it unchanged.
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
@@ -136,10 +180,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_inner: int | None = None  # hidden channels of the MLP; None means 4 * n_embd
-    activation_function: str = "gelu_new"
     dropout: float = 0.0
-    layer_norm_epsilon: float = 1e-5
     tokenizer: str = "gpt2"  # the tokenizer that the token ids belong to: "gpt2" or "bytes"
 
 
@@ -160,6 +201,9 @@ def cross_entropy(logits, targets):
     return loss / len(targets)
 
 
+LOAD_ADVICE = "pass the directory of a model or of a run, or the name of a GPT-2 on the Hugging Face Hub"
+
+
 class GPT(nn.Module):
     """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019).
 
@@ -178,7 +222,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_f = nn.LayerNorm(config.n_embd)
         # a bias of -inf gives the padding rows a probability of zero
         head_bias = torch.zeros(padded_vocab_size)
         head_bias[config.vocab_size :] = -math.inf
@@ -249,7 +293,11 @@ class GPT(nn.Module):
         return num_with_padding - num_padding_rows * self.config.n_embd
 
     def save_pretrained(self, directory):
-        """Write float32 weights and config.json as transformers' GPT2LMHeadModel does."""
+        """Write float32 weights and config.json as transformers' GPT2LMHeadModel does.
+
+        A model that differs from GPT-2, for example in its norms or positions, needs a model_type
+        of its own: with "gpt2", transformers would load it and compute something else.
+        """
         # Hugging Face's layout differs in three points: the padding rows, the orientation of the
         # matrices and a prefix of the names.
         weights = {}
@@ -261,8 +309,8 @@ class GPT(nn.Module):
             weights[f"transformer.{name}"] = weight.float().cpu().contiguous()
         eot_token = VOCAB_SIZES[self.config.tokenizer] - 1  # <|endoftext|> has the last id
         config = {
+            **GPT2_FIELDS,
             "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
             "dtype": "float32",
             "tokenizer": self.config.tokenizer,
             "vocab_size": self.config.vocab_size,
@@ -270,9 +318,6 @@ class GPT(nn.Module):
             "n_layer": self.config.n_layer,
             "n_head": self.config.n_head,
             "n_embd": self.config.n_embd,
-            "n_inner": self.config.n_inner,
-            "activation_function": self.config.activation_function,
-            "layer_norm_epsilon": self.config.layer_norm_epsilon,
             "resid_pdrop": self.config.dropout,
             "embd_pdrop": self.config.dropout,
             "attn_pdrop": self.config.dropout,
@@ -282,299 +327,150 @@ class GPT(nn.Module):
         os.makedirs(directory, exist_ok=True)
         save_file(weights, f"{directory}/model.safetensors", metadata={"format": "pt"})
         write_json(f"{directory}/config.json", config)
+        # By default transformers' pipeline generates 256 tokens, which may be more than there are
+        # positions.
+        generation_config = {
+            "max_length": self.config.block_size,
+            "bos_token_id": eot_token,
+            "eos_token_id": eot_token,
+        }
+        write_json(f"{directory}/generation_config.json", generation_config)
 
     @classmethod
-    def from_pretrained(cls, name, block_size=None, dropout=None):
+    def from_pretrained(cls, name, block_size=None, dropout=0.0):
         """Load a GPT-2 from a checkpoint, a run directory (its newest checkpoint), or the Hub.
 
-        block_size may be smaller than the model's, which crops the position embeddings; dropout
-        replaces the stored value. Raises ValueError if there is no such model, if it is not a
-        supported GPT-2, or if block_size is larger than the model's.
+        A block_size that is smaller than the model's crops the position embeddings.
         """
-        directory = find_pretrained(name)
-        # config.json tells the shape of the model
-        saved = read_config(directory)
-        config = GPTConfig(
-            vocab_size=saved["vocab_size"],
-            block_size=block_size or saved["n_positions"],
-            n_layer=saved["n_layer"],
-            n_head=saved["n_head"],
-            n_embd=saved["n_embd"],
-            n_inner=saved["n_inner"],
-            activation_function=saved["activation_function"],
-            dropout=saved["resid_pdrop"] if dropout is None else dropout,
-            layer_norm_epsilon=saved["layer_norm_epsilon"],
-            tokenizer=saved["tokenizer"],
-        )
-        if config.block_size > saved["n_positions"]:
-            raise ValueError(
-                f"--block_size {config.block_size} is larger than the {saved['n_positions']} positions "
-                f"of {name}: use a smaller --block_size"
+        with explain(f"cannot load {name}", LOAD_ADVICE):
+            saved, weights = read_pretrained(find_pretrained(name))
+            config = GPTConfig(
+                vocab_size=saved["vocab_size"],
+                block_size=block_size or saved["n_positions"],
+                n_layer=saved["n_layer"],
+                n_head=saved["n_head"],
+                n_embd=saved["n_embd"],
+                dropout=dropout,
+                tokenizer=saved["tokenizer"],
             )
-        weights = read_weights(directory, saved)
-        model = cls(config)
-        # Add the padding rows, which the files do not contain.
-        padding = model.wte.weight[config.vocab_size :].detach()
-        weights["wte.weight"] = torch.cat((weights["wte.weight"].float(), padding))
-        # Drop the positions beyond block_size. If wpe.weight is missing or has a wrong shape,
-        # load_state_dict reports it below.
-        if "wpe.weight" in weights and weights["wpe.weight"].shape[:1] == (saved["n_positions"],):
+            if config.block_size > saved["n_positions"]:
+                fail(f"{name} has {saved['n_positions']} positions: use a smaller --block_size")
+            model = cls(config)
+            # add the padding rows, which the files do not contain, and drop unused positions
+            padding = model.wte.weight[config.vocab_size :].detach()
+            weights["wte.weight"] = torch.cat((weights["wte.weight"].float(), padding))
             weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
-        try:
-            model.load_state_dict(weights, strict=True)
-        except RuntimeError as error:  # lists missing and unexpected names and wrong shapes, line by line
-            raise ValueError(f"{directory} does not match its config.json: {error}") from None
+            model.load_state_dict(weights)  # finds missing and unexpected names and wrong shapes
         return model
 
 
 # --- copied block: pretrained ---
-ACTIVATIONS = {  # by their Hugging Face names; the first two are both GPT-2's
-    "gelu_new": nn.GELU(approximate="tanh"),
-    "gelu_pytorch_tanh": nn.GELU(approximate="tanh"),
-    "gelu": nn.GELU(),
-    "relu": nn.ReLU(),
+VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
+# fields of config.json that must have GPT-2's values, which are meant if they are missing
+GPT2_FIELDS = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
 }
 # Hugging Face stores these weights as (in, out), because GPT-2's linear layers were written as
 # convolutions.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def find_pretrained(name):
-    """Return the directory of a model: name itself, the newest checkpoint in it, or a download.
+def checkpoints_in(directory):
+    """Return the paths of the checkpoints step_NNNNNN in a directory, oldest first."""
+    names = [name for name in os.listdir(directory) if re.fullmatch(r"step_\d{6,}", name)]
+    names.sort(key=lambda name: int(name.removeprefix("step_")))
+    return [os.path.join(directory, name) for name in names]
 
-    Raises ValueError if there is no such model, or it cannot be downloaded.
-    """
-    if os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
-        checkpoints = [entry for entry in os.listdir(name) if re.fullmatch(r"step_\d{6,}", entry)]
-        if not checkpoints:
-            raise ValueError(f"{name} contains neither config.json nor step_NNNNNN: pass the directory of a model")
-        newest = max(checkpoints, key=lambda entry: int(entry.removeprefix("step_")))
-        return os.path.join(name, newest)
+
+def find_pretrained(name):
+    """Return the directory of a model: name itself, its newest checkpoint, or a download."""
     if os.path.isdir(name):
-        return name
-    if os.path.exists(name):
-        raise ValueError(f"{name} is a file: pass the directory that contains config.json and model.safetensors")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"{name} does not exist")
+        return (checkpoints_in(name) or [name])[-1]
     from huggingface_hub import snapshot_download  # imported here because it is slow
 
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-    try:
-        return snapshot_download(name, allow_patterns=patterns)
-    except Exception as error:  # the Hub, its HTTP client and its transfer library share no base class
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{name} is not a directory here, and cannot be downloaded from the Hugging Face Hub ({reason}): "
-            "check the name, run the same command again, or pass a local directory"
-        ) from None
+    return snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"])
 
 
-def read_config(directory):
-    """Return the config.json of a GPT-2, with GPT-2's values for missing fields.
+def read_pretrained(directory):
+    """Return config.json, a dict, and the weights by name, with matrices (out, in) as in nn.Linear.
 
-    The field tokenizer, "gpt2" or "bytes", is added, and vocab_size is that of the tokenizer: rows
-    of the token embedding beyond it are padding, which some tools add. Raises ValueError if the
-    file cannot be read or describes a model that is not supported.
+    Rows of the embedding that only pad the vocabulary are dropped. Raises ValueError if the model
+    is not a GPT-2 with one of the two tokenizers.
     """
-    path = f"{directory}/config.json"
-    try:
-        saved = read_json(path)
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror}): it is not the directory of a model") from None
-    if saved.get("model_type") != "gpt2":
-        raise ValueError(f"{path}: model_type is {saved.get('model_type')!r}, but only gpt2 is supported")
-    # fields that the file lacks get these values
-    defaults = {
-        "vocab_size": 50257,
-        "n_positions": 1024,
-        "n_layer": 12,
-        "n_head": 12,
-        "n_embd": 768,
-        "n_inner": None,  # None means 4 * n_embd
-        "layer_norm_epsilon": 1e-5,
-        "resid_pdrop": 0.1,
-        "activation_function": "gelu_new",
-        "tokenizer": None,
-        "tie_word_embeddings": True,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-    }
-    config = {name: saved.get(name, default) for name, default in defaults.items()}
-    if config["n_inner"] is None:
-        config["n_inner"] = 4 * config["n_embd"] if type(config["n_embd"]) is int else 0
-    # a file may contain anything: check the types and the ranges
-    for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner"):
-        if type(config[name]) is not int or not 0 < config[name] < 2**31:
-            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a positive integer")
-    for name in ("layer_norm_epsilon", "resid_pdrop"):
-        if type(config[name]) not in (int, float) or not 0 <= config[name] < 1:
-            raise ValueError(f"{path}: {name} is {config[name]!r}, but it must be a number, at least 0 and below 1")
-    if config["n_embd"] % config["n_head"]:
-        raise ValueError(f"{path}: n_embd {config['n_embd']} is not divisible by n_head {config['n_head']}")
-    if config["activation_function"] not in list(ACTIVATIONS):
-        raise ValueError(f"{path}: activation_function {config['activation_function']!r} is not supported")
-    # variants of GPT-2 that transformers supports and this script does not
-    for name in ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
-        if config[name] is not defaults[name]:
-            raise ValueError(f"{path}: {name} {config[name]!r} is not supported")
-    # The size of the vocabulary tells which tokenizer it is. Some tools pad the vocabulary to a
-    # multiple of a number, of 512 at most, so up to 511 more rows are accepted.
-    for tokenizer, vocab_size in (("gpt2", 50257), ("bytes", 257)):
-        if vocab_size <= config["vocab_size"] < vocab_size + 512 and config["tokenizer"] in (None, tokenizer):
-            config["tokenizer"], config["vocab_size"] = tokenizer, vocab_size
-            return config
-    raise ValueError(
-        f"{path}: vocab_size {config['vocab_size']} with tokenizer {config['tokenizer']!r} is not supported: "
-        "use 50257 (gpt2) or 257 (bytes)"
-    )
+    with open(f"{directory}/config.json", encoding="utf-8") as file:
+        config = json.load(file)
+    for name, value in GPT2_FIELDS.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name} is {config[name]}, but only {value} is supported")
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise ValueError(f"n_inner is {config['n_inner']}, but only 4 * n_embd is supported")
+    # The size of the vocabulary tells the tokenizer. Some tools pad it by up to 511 rows.
+    sizes = {name: size for name, size in VOCAB_SIZES.items() if size <= config["vocab_size"] < size + 512}
+    if not sizes:
+        raise ValueError(f"vocab_size {config['vocab_size']} is neither GPT-2's 50257 nor 257 for bytes")
+    config["tokenizer"], config["vocab_size"] = sizes.popitem()
 
-
-def read_weights(directory, config):
-    """Return the parameters of a GPT-2 by name, with weights of shape (out, in) as in nn.Linear.
-
-    The weights may be stored with or without the prefix "transformer.", in one file or in shards
-    with an index file. Raises ValueError if they are damaged or not a GPT-2's.
-    """
-    # find the files: those that the index lists, or model.safetensors
-    file_names = ["model.safetensors"]
-    if os.path.exists(f"{directory}/model.safetensors.index.json"):
-        weight_map = read_json(f"{directory}/model.safetensors.index.json").get("weight_map")
-        file_names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-        if not file_names or not all(re.fullmatch(r"model[\w.-]*\.safetensors", name) for name in file_names):
-            raise ValueError(f"{directory}/model.safetensors.index.json does not list files of this directory")
-    elif not os.path.exists(f"{directory}/model.safetensors"):
-        if os.path.exists(f"{directory}/pytorch_model.bin"):
-            raise ValueError(
-                f"{directory} has its weights in pytorch_model.bin, a format that can run code: convert it with "
-                "transformers (AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
-            )
-        raise ValueError(f"{directory} contains no model.safetensors: pass the directory of a model")
-    # read the files
+    # the weights are in one file, or in several with numbers
+    paths = sorted(Path(directory).glob("model.safetensors")) or sorted(Path(directory).glob("model-*.safetensors"))
+    if not paths:
+        raise ValueError("it contains no model.safetensors")
     weights = {}
-    for file_name in file_names:
-        path = f"{directory}/{file_name}"
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {path} ({error})") from None
-        for name, tensor in tensors.items():
-            weights[name.removeprefix("transformer.")] = tensor
-    # older versions of transformers stored the causal mask of each block: drop it
-    buffers = (".attn.bias", ".attn.masked_bias")
-    weights = {name: weight for name, weight in weights.items() if not name.endswith(buffers)}
-    # check the embedding, and drop its rows of padding
-    embedding = weights.get("wte.weight")
-    if embedding is None or embedding.shape[1:] != (config["n_embd"],) or len(embedding) < config["vocab_size"]:
-        raise ValueError(
-            f"{directory} does not match its config.json: wte.weight must have at least {config['vocab_size']} rows "
-            f"of {config['n_embd']} numbers"
-        )
+    for path in paths:
+        for name, weight in load_file(path).items():
+            name = name.removeprefix("transformer.")
+            weights[name] = weight.T if name.endswith(TRANSPOSED) else weight
+    # the output head is the embedding; older files also contain the causal masks
+    embedding = weights["wte.weight"]
+    if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
+        raise ValueError("its output head lm_head.weight differs from its embedding wte.weight")
     weights["wte.weight"] = embedding[: config["vocab_size"]]
-    # the output head, if it is stored, must be the embedding
-    head = weights.pop("lm_head.weight", embedding)
-    if head is not embedding and not torch.equal(head, embedding):
-        raise ValueError(f"{directory}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding")
-    # check the types, and transpose the matrices from (in, out) to (out, in)
-    for name, weight in weights.items():
-        if not weight.is_floating_point():
-            raise ValueError(f"{directory}: {name} has dtype {weight.dtype}, but it must be floating point")
-        if name.endswith(TRANSPOSED) and weight.dim() == 2:
-            weights[name] = weight.T
-    return weights
+    masks = (".attn.bias", ".attn.masked_bias")
+    return config, {name: weight for name, weight in weights.items() if not name.endswith(masks)}
 
 
 # --- end of copied block: pretrained ---
 # ----------------------------------------------------------------------------------------- data
-# --- copied block: sha256_of ---
+# --- copied block: files ---
+@contextmanager
+def atomic_write(path):
+    """Open a binary file that gets its name only when it is complete and on the disk."""
+    with open(f"{path}.tmp", "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def write_json(path, content):
+    """Write a JSON file atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
+
+
 def sha256_of(path):
     """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- end of copied block: sha256_of ---
-# --- copied block: read_json ---
-def read_json(path):
-    """Return the JSON object in a file as a dict.
-
-    Raises ValueError if the content is not a JSON object, OSError if the file cannot be read.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not contain a JSON object")
-    return content
-
-
-# --- end of copied block: read_json ---
-# --- copied block: read_meta ---
-VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
-
-
-def check_shards(shards, path):
-    """Raise ValueError unless shards is a list that describes shards, as meta.json has it."""
-    if not isinstance(shards, list):
-        raise ValueError(f"{path}: shards is not a list")
-    for shard in shards:
-        if not isinstance(shard, dict):
-            raise ValueError(f"{path}: {shard!r} does not describe a shard")
-        name, tokens, sha256 = shard.get("file"), shard.get("tokens"), shard.get("sha256")
-        # A plain name cannot point to a file outside the directory.
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.(npy|bin)", name):
-            raise ValueError(f"{path}: {name!r} is not the name of a shard")
-        if type(tokens) is not int or not 0 <= tokens < 2**62:
-            raise ValueError(f"{path}: {name} has {tokens!r} tokens")
-        if sha256 and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
-            raise ValueError(f"{path}: {sha256!r} is not a SHA-256")
-
-
-def read_meta(directory):
-    """Return the checked content of a data set's meta.json.
-
-    Raises ValueError if the content is wrong, OSError if the file cannot be read.
-    """
-    path = f"{directory}/meta.json"
-    meta = read_json(path)
-    tokenizer, vocab_size = meta.get("tokenizer"), meta.get("vocab_size")
-    if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != vocab_size:
-        raise ValueError(f"{path}: tokenizer {tokenizer!r} with vocab_size {vocab_size!r} is not supported")
-    check_shards(meta.get("shards"), path)
-    return meta
-
-
-# --- end of copied block: read_meta ---
+# --- end of copied block: files ---
 # --- copied block: load_shard ---
 def load_shard(path):
-    """Memory-map a token shard, a .npy file or a .bin file in llm.c's format.
-
-    Returns a uint16 array (N,). Raises ValueError if the file is not a shard, or is shorter or
-    longer than its header says.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
-    try:
-        if path.endswith(".npy"):
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-            offset = getattr(tokens, "offset", 0)
-        else:  # 256 int32 (magic number, version, number of tokens, zeros), then the tokens
-            offset = 1024
-            magic, version, num_tokens = np.fromfile(path, dtype="<i4", count=3).tolist()
-            if (magic, version) != (20240520, 1):
-                raise ValueError("its first numbers are not 20240520 and 1")
-            tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(num_tokens,))
-    except Exception as error:  # damaged headers raise many types of errors
-        raise ValueError(f"{path} is not a token shard ({error}): regenerate it") from None
-    if not isinstance(tokens, np.ndarray) or tokens.dtype != np.dtype("<u2") or tokens.ndim != 1:
-        raise ValueError(f"{path} is not a token shard (a one-dimensional uint16 array): regenerate it")
-    if os.path.getsize(path) != offset + tokens.nbytes:
-        raise ValueError(f"{path} is longer than its header says: regenerate it")
+    """Memory-map a token shard, a .npy file or a .bin file of llm.c. Returns a uint16 array (N,)."""
+    if path.endswith(".npy"):
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    else:  # 256 int32: magic number, version, number of tokens, zeros
+        magic, _, num_tokens = np.fromfile(path, "<i4", count=3).tolist()
+        if magic != 20240520:
+            raise ValueError("it does not begin with llm.c's number 20240520")
+        tokens = np.memmap(path, "<u2", mode="r", offset=1024, shape=(num_tokens,))
+    if tokens.dtype != np.dtype("<u2") or tokens.ndim != 1:
+        raise ValueError(f"it contains {tokens.dtype} in {tokens.ndim} dimensions, not uint16 in one")
     return tokens
 
 
@@ -583,109 +479,58 @@ def load_shard(path):
 def get_tokenizer(name):
     """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
 
-    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes"
-    needs no network. Raises ValueError if the vocabulary cannot be loaded.
+    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR.
     """
     if name == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # network, disk or a wrong file: these errors share no base class
-            raise ValueError(
-                f"cannot load GPT-2's vocabulary ({type(error).__name__}): connect to the network once, "
-                "or set TIKTOKEN_CACHE_DIR to a directory that contains it"
-            ) from None
-    byte_ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.get_encoding("gpt2")
     return tiktoken.Encoding(
         name,
-        pat_str=r"(?s:.{1,1000})",  # where text is split does not matter, because no tokens are merged
-        mergeable_ranks=byte_ranks,
+        pat_str=r"(?s:.{1,1000})",  # where text is split does not matter: no tokens are merged
+        mergeable_ranks={bytes([i]): i for i in range(256)},
         special_tokens={"<|endoftext|>": 256},
     )
 
 
 # --- end of copied block: get_tokenizer ---
-class UserError(Exception):
-    """An error that the user can correct.
-
-    The run ends with its message in one line and exit status 2.
-    """
-
-
-class DataError(Exception):
-    """A shard was damaged or changed while the run was using it."""
-
-
-def read_data_set(data_dir):
-    """Check a directory of token shards and return its description, a dict with these keys:
-
-    tokenizer, vocab_size and source as in meta.json; shards, a list of dicts with file, tokens and
-    sha256; fingerprint, a short string that changes with the tokens and their order. Directories
-    without meta.json, such as build-nanogpt's and llm.c's, are taken to contain GPT-2 tokens.
-    Raises ValueError or OSError.
-    """
-    if not os.path.isdir(data_dir):
-        raise ValueError(
-            f"--data_dir {data_dir} does not exist: create it with python prepare_shakespeare.py (seconds) "
-            "or python fineweb.py (hours)"
-        )
-    # Read meta.json. Files whose names begin with a dot are the operating system's (macOS writes
-    # ._NAME.npy).
-    names = {name for name in os.listdir(data_dir) if not name.startswith(".")}
-    if os.path.lexists(f"{data_dir}/meta.json"):
-        try:
-            meta = read_meta(data_dir)
-        except ValueError as error:
-            raise ValueError(f"{error}: regenerate the shards") from None
-    # fineweb.py keeps a state file of each rank until the data set is complete
-    elif any(re.fullmatch(r"state_\d+\.json", name) for name in names):
-        raise ValueError(f"--data_dir {data_dir} is not finished: run the same fineweb.py command again")
-    else:
-        shards = [{"file": name} for name in sorted(names) if re.fullmatch(r".+\.(npy|bin)", name)]
-        meta = {"tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"], "shards": shards}
-
-    # Compare each shard with its description, and look for impossible token ids, which a wrong
-    # tokenizer or a damaged file causes. 64M tokens are enough for that: start-up must be fast.
-    probe_size = max(1024, 2**26 // max(1, len(meta["shards"])))  # tokens per shard
-    digest = hashlib.sha256(f"{meta['tokenizer']} {meta.get('source')}".encode())
-    for shard in meta["shards"]:
-        if split_of(shard["file"]) is None:
-            continue
-        path = os.path.join(data_dir, shard["file"])
-        if shard["file"] not in names:
-            raise ValueError(f"{path} is missing, but meta.json lists it: regenerate the shards")
-        tokens = load_shard(path)
-        if "tokens" not in shard:  # a directory without meta.json
-            shard["tokens"] = len(tokens)
-        if shard["tokens"] != len(tokens):
-            raise ValueError(f"{path} has {len(tokens)} tokens, but meta.json says {shard['tokens']}: regenerate it")
-        probe = tokens[:probe_size]
-        check_token_ids(probe, meta["vocab_size"], path)
-        # A shard without a checksum is identified by its first tokens, so that a replaced shard is
-        # noticed.
-        identity = shard.get("sha256") or hashlib.sha256(probe.tobytes()).hexdigest()
-        digest.update(f"{shard['file']} {len(tokens)} {identity}\n".encode())
-    return {
-        "tokenizer": meta["tokenizer"],
-        "vocab_size": meta["vocab_size"],
-        "source": meta.get("source"),
-        "shards": meta["shards"],
-        "fingerprint": f"{meta['tokenizer']}-{digest.hexdigest()[:12]}",
-    }
-
-
 def split_of(name):
     """Return "train" or "val" for a shard's name, such as fineweb_train_000001.bin, or None."""
-    match = re.fullmatch(r"[^.].*_(train|val)(_\d+)?\.(npy|bin)", name)
+    # a name with a slash or a drive would lead out of the directory
+    match = re.fullmatch(r"[^./\\:][^/\\:]*_(train|val)(_\d+)?\.(npy|bin)", name)
     return match[1] if match else None
 
 
-def check_token_ids(tokens, vocab_size, path):
-    """Raise ValueError if tokens (N,) contain an id that the vocabulary does not have."""
-    largest = int(tokens.max(initial=0))
-    if largest >= vocab_size:
-        raise ValueError(
-            f"{path} contains token id {largest}, but the vocabulary has {vocab_size} tokens: regenerate it"
-        )
+def read_data_set(data_dir):
+    """Return the content of meta.json, with the tokens of each shard and a fingerprint.
+
+    The fingerprint changes with the tokens and their order. Directories without meta.json, such as
+    build-nanogpt's and llm.c's, are taken to contain GPT-2 tokens.
+    """
+    advice = "create it with python prepare_shakespeare.py (seconds) or python fineweb.py (hours)"
+    with explain(f"cannot use --data_dir {data_dir}", advice):
+        names = os.listdir(data_dir)
+        if "meta.json" in names:
+            with open(f"{data_dir}/meta.json", encoding="utf-8") as file:
+                meta = json.load(file)
+        elif any(name.startswith("state_") for name in names):
+            raise ValueError("fineweb.py has not finished it")
+        else:
+            meta = {"tokenizer": "gpt2", "shards": [{"file": name} for name in names if split_of(name)]}
+        if meta["tokenizer"] not in VOCAB_SIZES:
+            raise ValueError(f"its tokenizer {meta['tokenizer']} is unknown")
+        digest = hashlib.sha256(meta["tokenizer"].encode())
+        for shard in sorted(meta["shards"], key=lambda shard: shard["file"]):
+            if split_of(shard["file"]) is None:
+                raise ValueError(f"meta.json lists {shard['file']}, which is not the name of a shard")
+            path = os.path.join(data_dir, shard["file"])
+            with explain(f"cannot use {path}", "regenerate it"):
+                tokens = load_shard(path)
+                if shard.setdefault("tokens", len(tokens)) != len(tokens):
+                    raise ValueError(f"it has {len(tokens)} tokens, but meta.json says {shard['tokens']}")
+            # A shard without a checksum is identified by its first tokens, 64M tokens in all.
+            beginning = tokens[: 2**26 // len(meta["shards"])]
+            identity = shard.get("sha256") or hashlib.sha256(beginning.tobytes()).hexdigest()
+            digest.update(f"{shard['file']} {len(tokens)} {identity}\n".encode())
+    return {"source": None, **meta, "fingerprint": f"{meta['tokenizer']}-{digest.hexdigest()[:12]}"}
 
 
 class TokenDataset:
@@ -695,100 +540,68 @@ class TokenDataset:
     Consecutive windows share one token. So every token is a target exactly once per epoch, except
     the first token of a shard and the last ones that do not fill a window.
 
-    With shuffle, each epoch visits the shards, and the windows of each shard, in a random order
-    that is computed from the seed and the epoch. Without shuffle, it visits them in file order.
-    Windows are numbered from the start of training, and the number of a window alone determines its
-    tokens: a resumed run sees the same data on any number of processes. Only the permutation of one
-    shard is in memory.
-
-    data_set is the dict from read_data_set. Raises UserError if the split has no window.
+    With shuffle, an epoch visits the shards, and the windows of each shard, in an order that
+    depends on the seed and the epoch only; otherwise in file order. Windows are numbered from the
+    start of training, and the number alone determines the tokens: a resumed run sees the same data
+    on any number of processes. meta is the dict from read_data_set.
     """
 
-    def __init__(self, data_dir, split, data_set, block_size, seed, shuffle):
-        shards = [shard for shard in data_set["shards"] if split_of(shard["file"]) == split]
+    def __init__(self, data_dir, split, meta, block_size, seed, shuffle):
+        shards = [shard for shard in meta["shards"] if split_of(shard["file"]) == split]
         shards = sorted(shards, key=lambda shard: shard["file"])
-        self.check_split(data_dir, split, shards)
         self.paths = [os.path.join(data_dir, shard["file"]) for shard in shards]
         self.checksums = [shard.get("sha256") for shard in shards]
-        self.num_tokens = np.array([shard["tokens"] for shard in shards])
-        self.vocab_size = data_set["vocab_size"]
+        self.num_tokens = np.array([shard["tokens"] for shard in shards], dtype=np.int64)
+        self.vocab_size = VOCAB_SIZES[meta["tokenizer"]]
         self.block_size = block_size
         self.seed = seed
         self.shuffle = shuffle
         self.windows_per_shard = np.maximum(self.num_tokens - 1, 0) // block_size
         self.num_windows = int(self.windows_per_shard.sum())  # per epoch
         if self.num_windows == 0:
-            raise UserError(
-                f"{data_dir}: no {split} shard is longer than --block_size {block_size}: use a smaller --block_size"
-            )
+            problem = f"{data_dir} has no shard *_{split}_* with more than {block_size} tokens"
+            fail(f"{problem}: use a smaller --block_size, or create it with prepare_shakespeare.py")
         self.open_shards = {}  # shard number -> memory-mapped tokens
-        self.verified = set()  # numbers of the shards that match their checksums
-        self.epoch = None  # the epoch that shard_order and shard_ends belong to
-        self.permutation_key = None  # the (epoch, shard) that permutation belongs to
-
-    @staticmethod
-    def check_split(data_dir, split, shards):
-        """Raise UserError if a split has no shards; the message says what the directory contains."""
-        if shards:
-            return
-        names = sorted(os.listdir(data_dir))
-        if f"{split}.bin" in names:
-            raise UserError(
-                f"{data_dir}/{split}.bin looks like nanoGPT's format, which has no header: create shards "
-                "from the text with prepare_shakespeare.py or fineweb.py"
-            )
-        listing = ", ".join(names[:5]) or "nothing"
-        raise UserError(
-            f"{data_dir} contains no shard named *_{split}.bin, *_{split}_000000.npy or similar (it contains "
-            f"{listing}): regenerate the shards, or pass another --data_dir"
-        )
 
     def locate(self, index):
         """Return (shard number, offset of the first token) of the window with this index."""
         epoch, index = divmod(index, self.num_windows)
-        # compute the order of the shards once per epoch
-        if epoch != self.epoch:
-            order = np.arange(len(self.paths))
-            if self.shuffle:
-                order = np.random.default_rng((self.seed, epoch)).permutation(order)
-            self.epoch = epoch
-            self.shard_order = order
-            self.shard_ends = np.cumsum(self.windows_per_shard[order])  # windows up to each shard's end
-        # find the shard that contains the index-th window of the epoch, then the window's number in
-        # that shard
-        position = int(np.searchsorted(self.shard_ends, index, side="right"))
-        shard = int(self.shard_order[position])
-        window = index - int(self.shard_ends[position] - self.windows_per_shard[shard])
+        # the shard that contains the index-th window of the epoch, then the window in that shard
+        order, ends = self.shard_order(epoch)
+        position = int(np.searchsorted(ends, index, side="right"))
+        shard = int(order[position])
+        window = index - int(ends[position] - self.windows_per_shard[shard])
         if self.shuffle:
-            window = int(self.shuffled_windows(epoch, shard)[window])
+            window = int(self.window_order(epoch, shard)[window])
         return shard, window * self.block_size
 
-    def shuffled_windows(self, epoch, shard):
+    @lru_cache(maxsize=4)  # noqa: B019, a data set lives as long as the process
+    def shard_order(self, epoch):
+        """Return the order of the shards in an epoch, and the number of windows up to each one's end."""
+        order = np.arange(len(self.paths))
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, epoch)).permutation(order)
+        return order, np.cumsum(self.windows_per_shard[order])
+
+    @lru_cache(maxsize=4)  # noqa: B019
+    def window_order(self, epoch, shard):
         """Return the order in which an epoch visits the windows of a shard."""
-        if self.permutation_key != (epoch, shard):
-            rng = np.random.default_rng((self.seed, epoch, shard))
-            self.permutation = rng.permutation(self.windows_per_shard[shard])
-            self.permutation_key = (epoch, shard)
-        return self.permutation
+        rng = np.random.default_rng((self.seed, epoch, shard))
+        return rng.permutation(self.windows_per_shard[shard])
 
     def open_shard(self, shard):
-        """Return the tokens of a shard. Its checksum is verified when the shard is first used.
+        """Return the tokens of a shard, and verify its checksum when it is opened.
 
-        Hashing all shards when the run starts would take minutes. Raises DataError.
+        Hashing all shards when the run starts would take minutes.
         """
         if shard not in self.open_shards:
-            path = self.paths[shard]
-            # the file may have changed since read_data_set saw it
-            try:
+            path, checksum = self.paths[shard], self.checksums[shard]
+            with explain(f"cannot use {path}", "regenerate it, then continue with --resume", RankError):
                 tokens = load_shard(path)
+                if checksum and sha256_of(path) != checksum:
+                    raise ValueError("it does not match its SHA-256 in meta.json")
                 if len(tokens) != self.num_tokens[shard]:
-                    raise ValueError(f"{path} has changed since the run started")
-                checksum = self.checksums[shard]
-                if checksum and shard not in self.verified and sha256_of(path) != checksum:
-                    raise ValueError(f"{path} does not match its SHA-256 in meta.json")
-            except (OSError, ValueError) as error:
-                raise DataError(f"{error}: regenerate it, then continue with --resume") from None
-            self.verified.add(shard)
+                    raise ValueError("it has changed since the run started")
             # keep 16 files open: close the one that was opened first
             if len(self.open_shards) == 16:
                 self.open_shards.pop(next(iter(self.open_shards)))
@@ -796,29 +609,26 @@ class TokenDataset:
         return self.open_shards[shard]
 
     def check_open_shards(self):
-        """Raise DataError if an open shard is missing or truncated.
+        """Raise RankError if an open shard is missing or has become shorter.
 
-        Reading beyond the end of a memory-mapped file would kill the process (SIGBUS).
+        The end of such a file reads as zeros, or ends the process with SIGBUS.
         """
         for shard, tokens in self.open_shards.items():
             path = self.paths[shard]
-            if not os.path.exists(path) or os.path.getsize(path) < tokens.offset + tokens.nbytes:
-                raise DataError(f"{path} is missing or truncated: regenerate it, then continue with --resume")
+            with explain(f"cannot use {path}", "regenerate it, then continue with --resume", RankError):
+                if os.path.getsize(path) < tokens.offset + tokens.nbytes:
+                    raise ValueError("it was truncated while the run was using it")
 
     def batch(self, indices):
-        """Return the windows with these indices as an int64 tensor (B, block_size + 1).
-
-        Raises DataError.
-        """
+        """Return the windows with these indices as an int64 tensor (B, block_size + 1)."""
         windows = []
         for index in indices:
             shard, start = self.locate(index)
             window = self.open_shard(shard)[start : start + self.block_size + 1]
-            # read_data_set looked only at the beginning of the shard
-            try:
-                check_token_ids(window, self.vocab_size, self.paths[shard])
-            except ValueError as error:
-                raise DataError(f"{error}, then continue with --resume") from None
+            # a wrong tokenizer would read beyond the embedding's rows
+            if window.max() >= self.vocab_size:
+                problem = f"{self.paths[shard]} contains token id {window.max()}"
+                raise RankError(f"{problem}, but ids are below {self.vocab_size}: regenerate it")
             windows.append(window)
         return torch.from_numpy(np.stack(windows).astype(np.int64))
 
@@ -837,29 +647,14 @@ def load_batch(dataset, indices, device):
     return windows[:, :-1], windows[:, 1:]
 
 
-class BatchLoader:
-    """Loads this rank's micro-batches of the training data onto the device.
+def load_micro_batch(dataset, micro_step, micro_batch_size, process):
+    """Return this rank's inputs and targets of a micro-step, counted from the start of training.
 
-    A training step consists of grad_accum_steps micro-steps. In a micro-step, every rank computes
-    the gradients of one micro-batch, micro_batch_size windows. Micro-steps are numbered from the
-    start of training.
+    A training step has grad_accum_steps micro-steps. In a micro-step, every rank computes the
+    gradients of one micro-batch, micro_batch_size windows.
     """
-
-    def __init__(self, dataset, micro_batch_size, rank, world_size, device):
-        self.dataset = dataset
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.device = device
-
-    def indices(self, micro_step):
-        """Return the indices of the windows that this rank takes in a micro-step."""
-        first = (micro_step * self.world_size + self.rank) * self.micro_batch_size
-        return range(first, first + self.micro_batch_size)
-
-    def load(self, micro_step):
-        """Return inputs and targets, each (micro_batch_size, T)."""
-        return load_batch(self.dataset, self.indices(micro_step), self.device)
+    first = (micro_step * process.world_size + process.rank) * micro_batch_size
+    return load_batch(dataset, range(first, first + micro_batch_size), process.device)
 
 
 # ------------------------------------------------------------------------------------ optimizer
@@ -880,18 +675,21 @@ def get_lr(step, learning_rate, warmup_steps, max_steps):
 
 
 # --- end of copied block: get_lr ---
-def get_linear_lr(step, learning_rate, warmup_steps, max_steps):
-    """Return the learning rate of a step: linear warmup, constant, then linear decay to zero.
+DECAY_FRACTION = 0.6  # of the steps, as in modded-nanogpt's recipes for Muon
 
-    The decay takes the last 60% of the steps, as in modded-nanogpt's recipes for Muon.
+
+def get_wsd_lr(step, learning_rate, warmup_steps, max_steps):
+    """Return the learning rate of a step: warmup, stable, decay (WSD).
+
+    It falls linearly to zero in the last DECAY_FRACTION of the steps.
     """
-    # warmup rises to 1 at the end of the warmup; decay falls below 1 in the last 60% of the steps
+    # warmup reaches 1 at the end of the warmup, and decay is above 1 until the decay begins
     warmup = (step + 1) / max(1, warmup_steps)
-    decay = (max_steps - step) / (0.6 * max_steps)
+    decay = (max_steps - step) / (DECAY_FRACTION * max_steps)
     return learning_rate * min(1.0, warmup, decay)
 
 
-SCHEDULES = {"cosine": get_lr, "linear": get_linear_lr}
+SCHEDULES = {"cosine": get_lr, "wsd": get_wsd_lr}
 
 
 class Muon(torch.optim.Optimizer):
@@ -904,25 +702,15 @@ class Muon(torch.optim.Optimizer):
     norms are vectors. c_attn stacks three matrices, for queries, keys and values, and each of the
     three is orthogonalized separately.
 
-    Matrices of equal shape are stacked and orthogonalized together. Each rank orthogonalizes its
-    part of every stack, and the results are gathered, so that all ranks make the same update. Every
-    rank keeps all momentum buffers, so a checkpoint can be resumed with any world size.
-
-    Arguments:
-        blocks: the module whose two-dimensional parameters are optimized.
-        learning_rate: step size. Updates are scaled to the RMS of AdamW's, about 0.2 ("Muon is Scalable
-            for LLM Training", 2025, equation 4), so that AdamW's learning rates are a good start.
-        weight_decay: decoupled weight decay, as in AdamW.
-        rank, world_size: which part of the work this process does.
+    Updates are scaled to the RMS of AdamW's, about 0.2 ("Muon is Scalable for LLM Training", 2025,
+    equation 4), so that AdamW's learning rates are a good start.
     """
 
-    def __init__(self, blocks, learning_rate, weight_decay, rank, world_size):
+    def __init__(self, blocks, learning_rate, weight_decay):
         self.num_parts = {}  # parameter -> number of matrices in it
         for name, parameter in blocks.named_parameters():
             if parameter.dim() == 2:
                 self.num_parts[parameter] = 3 if name.endswith("c_attn.weight") else 1
-        self.rank = rank
-        self.world_size = world_size
         defaults = {"lr": learning_rate, "weight_decay": weight_decay, "momentum": 0.95}
         super().__init__(list(self.num_parts), defaults)
 
@@ -945,25 +733,27 @@ class Muon(torch.optim.Optimizer):
         # orthogonalize each stack, and apply its updates
         for shape, members in stacks.items():
             updates = torch.cat([update for _, update in members])  # (matrices, out, in)
-            updates = self.orthogonalize_in_parallel(updates)
+            updates = orthogonalize_in_parallel(updates)
             scale = 0.2 * max(shape) ** 0.5  # an orthogonal matrix has an RMS of max(shape) ** -0.5
             sizes = [len(update) for _, update in members]
             for (parameter, _), update in zip(members, updates.split(sizes), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
-    def orthogonalize_in_parallel(self, matrices):
-        """Return orthogonalize(matrices), matrices (N, m, n), with the work shared by all ranks."""
-        if self.world_size == 1:
-            return orthogonalize(matrices)
-        # Each rank takes an equal number of matrices; zero matrices pad the stack.
-        per_rank = math.ceil(len(matrices) / self.world_size)
-        padding = per_rank * self.world_size - len(matrices)
-        padded = torch.cat((matrices, matrices.new_zeros(padding, *matrices.shape[1:])))
-        own = orthogonalize(padded[self.rank * per_rank : (self.rank + 1) * per_rank]).contiguous()
-        parts = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(parts, own)
-        return torch.cat(parts)[: len(matrices)]
+
+def orthogonalize_in_parallel(matrices):
+    """Return orthogonalize(matrices), matrices (N, m, n): each rank computes a part of it."""
+    if not dist.is_initialized():
+        return orthogonalize(matrices)
+    # every rank takes the same number of matrices: zero matrices pad the stack
+    world_size = dist.get_world_size()
+    per_rank = math.ceil(len(matrices) / world_size)
+    padding = matrices.new_zeros(per_rank * world_size - len(matrices), *matrices.shape[1:])
+    parts = torch.cat((matrices, padding)).split(per_rank)
+    own = orthogonalize(parts[dist.get_rank()]).contiguous()
+    results = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(results, own)
+    return torch.cat(results)[: len(matrices)]
 
 
 def orthogonalize(x):
@@ -991,27 +781,21 @@ def orthogonalize(x):
     return x.mT if is_tall else x
 
 
-# The state that each optimizer keeps per parameter, which checkpoints contain.
-OPTIMIZER_STATE = {
-    "Muon": {"momentum"},
-    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
-}
+OPTIMIZERS = ("adamw", "muon")  # the choices of --optimizer
 
 
-def configure_optimizers(model, optimizer, learning_rate, weight_decay, device, rank=0, world_size=1):
+def configure_optimizers(model, optimizer, learning_rate, weight_decay, device):
     """Return [AdamW], or [Muon, AdamW] with Muon for the matrices of the blocks.
 
     AdamW has the settings of GPT-3. Biases and layer norms are not decayed: they have few
-    parameters, and pulling them to zero would only limit what the model can express. All groups get
-    the learning rate of the schedule in each step, in update_parameters.
-
-    To add an optimizer, extend this function, --optimizer in parse_args, and OPTIMIZER_STATE.
+    parameters, and pulling them to zero would only limit what the model can express. To add an
+    optimizer, add its name above and its parameters here.
     """
     optimizers = []
     # Muon takes the matrices of the blocks
     muon_parameters = set()
     if optimizer == "muon":
-        muon = Muon(model.h, learning_rate, weight_decay, rank, world_size)
+        muon = Muon(model.h, learning_rate, weight_decay)
         muon_parameters = set(muon.num_parts)
         optimizers.append(muon)
     # AdamW takes the other parameters, in two groups
@@ -1026,22 +810,15 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, device, 
     return optimizers
 
 
-def clip_gradients(model, optimizers, scaler, grad_clip):
-    """Scale all gradients down together if their norm is above grad_clip.
+def update_parameters(model, optimizers, scaler, lr, grad_clip):
+    """Clip the gradients and run one step of each optimizer with the learning rate lr.
 
-    Returns the norm before clipping, a scalar tensor. It may be NaN or infinite.
+    Returns the norm of all gradients together before clipping, a scalar tensor.
     """
     # float16 only: divide the gradients by the factor by which the loss was multiplied
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    return nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-
-
-def update_parameters(optimizers, scaler, lr, norm):
-    """Set the learning rate lr and run one step of each optimizer.
-
-    norm is the gradient norm from clip_gradients.
-    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     # float16 only: if a gradient overflowed, skip the step of all optimizers, and scaler.update()
     # halves its factor. scaler.step checks each optimizer by itself, so it could skip AdamW and not
     # Muon. Reading the norm makes the CPU wait for the GPU, which other dtypes avoid.
@@ -1052,65 +829,58 @@ def update_parameters(optimizers, scaler, lr, norm):
         if not skip:
             scaler.step(optimizer)
     scaler.update()
+    return norm
 
 
 # ----------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def evaluate(model, raw_model, dataset, val_tokens, batch_size, rank, world_size, device, autocast, stop):
+def evaluate(compiled_model, model, val_data, val_tokens, batch_size, process, autocast, stop_request):
     """Return the mean loss in nats per token over the first val_tokens tokens of a split.
 
-    All ranks share the work and return the same value, over the same windows for any world size.
-    model may be compiled. It gets batches of batch_size windows only, because another size would
-    compile it again; raw_model, the same model uncompiled, takes a smaller last batch. If stop has
-    a reason afterwards, on any rank, the result is incomplete and must be discarded.
+    All ranks share the work and return the same value, over the same windows for any world size;
+    None if one of them was asked to stop. compiled_model gets batches of batch_size windows only,
+    because another size would compile it again; model, the same uncompiled, takes a smaller last
+    batch.
     """
-    raw_model.eval()
-    dataset.check_open_shards()
+    model.eval()
     # at least one window, at most the whole split
-    num_windows = max(1, min(val_tokens // dataset.block_size, dataset.num_windows))
-    total = torch.zeros((), device=device)
+    num_windows = max(1, min(val_tokens // val_data.block_size, val_data.num_windows))
+    totals = torch.zeros(2, device=process.device)  # loss, ranks that were asked to stop
     # the ranks take turns: rank r evaluates the batches r, r + world_size, ...
-    for first in range(rank * batch_size, num_windows, world_size * batch_size):
-        if stop.reason:
+    for first in range(process.rank * batch_size, num_windows, process.world_size * batch_size):
+        if stop_request.requested():
             break
         indices = range(first, min(first + batch_size, num_windows))
-        x, y = load_batch(dataset, indices, device)
-        forward = model if len(indices) == batch_size else raw_model
+        x, y = load_batch(val_data, indices, process.device)
+        forward = compiled_model if len(indices) == batch_size else model
         with autocast:
             _, loss = forward(x, y)
-        total += loss * len(indices)
-    if world_size > 1:
-        dist.all_reduce(total)
-    return total.item() / num_windows
+        totals[0] += loss * len(indices)
+    totals[1] = stop_request.requested()
+    total_loss, num_stopped = sum_over_ranks(totals).tolist()
+    return None if num_stopped else total_loss / num_windows
 
 
-def load_hellaswag(path, block_size):
-    """Load the arrays that hellaswag.py --prepare wrote. Returns a dict with N examples.
+def load_hellaswag(args, tokenizer):
+    """Return the arrays that hellaswag.py --prepare wrote, a dict, or None without HellaSwag.
 
-    tokens (N, 4, T): the context and each of the four endings, padded with zeros.
-    context_length (N,): number of tokens in the context.
-    length (N, 4): number of tokens in the context and the ending together.
-    label (N,): number of the correct ending.
-
-    The examples are sorted by length, so that batches need little padding. Raises ValueError if the
-    file is missing or damaged, or if an example is longer than block_size.
+    tokens (N, 4, T) are the context and each of the four endings, padded with zeros; length (N, 4)
+    is the number of tokens of both together, and context_length (N,) of the context alone; label
+    (N,) is the number of the correct ending. Examples are sorted by length, which saves padding.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing: create it with python hellaswag.py --prepare")
-    # damaged files raise many types of errors
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in ("tokens", "context_length", "length", "label")}
-        N, num_endings, T = data["tokens"].shape
-        shapes = [data[name].shape for name in ("context_length", "length", "label")]
-        if num_endings != 4 or shapes != [(N,), (N, 4), (N,)] or data["length"].max() > T:
-            raise ValueError("the shapes of its arrays do not fit together")
-    except Exception as error:
-        raise ValueError(f"{path} is damaged ({error}): create it with hellaswag.py --prepare") from None
-    longest = data["length"].max()
-    if longest > block_size:
-        raise ValueError(f"the longest example of {path} has {longest} tokens, but --block_size is {block_size}")
-    return data
+    if args.hellaswag_interval == 0 or tokenizer != "gpt2":
+        return None
+    if not os.path.exists(HELLASWAG_PATH):
+        say(f"no HellaSwag: create {HELLASWAG_PATH} with python hellaswag.py --prepare")
+        return None
+    with explain(f"cannot use {HELLASWAG_PATH}", "use --hellaswag_interval 0, or hellaswag.py --prepare"):
+        with np.load(HELLASWAG_PATH, allow_pickle=False) as file:
+            examples = {name: file[name] for name in ("tokens", "context_length", "length", "label")}
+        longest = examples["length"].max()
+    if longest > args.block_size:
+        say(f"no HellaSwag: its examples have up to {longest} tokens, but --block_size is {args.block_size}")
+        return None
+    return examples
 
 
 # cuDNN's attention is the fastest one for training, but it builds a new plan for each sequence
@@ -1120,32 +890,31 @@ ANY_LENGTH_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTIO
 
 
 @torch.no_grad()
-def evaluate_hellaswag(model, data, micro_batch_size, rank, world_size, device, autocast, stop):
-    """Return the HellaSwag accuracy acc_norm, computed by all ranks together.
+def evaluate_hellaswag(model, examples, micro_batch_size, process, autocast, stop_request):
+    """Return the HellaSwag accuracy acc_norm, computed by all ranks; None if one was asked to stop.
 
-    Each example has a context and four endings, one of them correct. The model's choice is the
-    ending with the lowest mean loss per token; acc_norm is the fraction of examples with the
-    correct choice. hellaswag.py explains it with an example. data is the dict of load_hellaswag.
-    Batches have at most 32 examples, and no more tokens than a training micro-batch. If a stop is
-    requested meanwhile, the result is incomplete: discard it.
+    The model's choice among four endings is the one with the lowest mean loss per token; acc_norm
+    is the fraction of correct choices. hellaswag.py explains it with an example. Batches have at
+    most 32 examples, and no more tokens than a training micro-batch.
     """
     model.eval()
-    block_size = model.config.block_size
-    batch_size = micro_batch_size * block_size // (4 * int(data["length"].max()))  # examples of 4 endings each
+    device = process.device
+    num_examples = len(examples["label"])
+    batch_size = micro_batch_size * model.config.block_size // (4 * int(examples["length"].max()))
     batch_size = max(1, min(32, batch_size))
-    num_correct = torch.zeros((), device=device)
-    for first in range(rank * batch_size, len(data["label"]), world_size * batch_size):
-        if stop.reason:
+    totals = torch.zeros(2, device=device)  # correct choices, ranks that were asked to stop
+    for first in range(process.rank * batch_size, num_examples, process.world_size * batch_size):
+        if stop_request.requested():
             break
         batch = slice(first, first + batch_size)
         # Padding to multiples of 64 keeps the number of different lengths small.
-        T = math.ceil(data["length"][batch].max() / 64) * 64
-        T = min(T, block_size, data["tokens"].shape[2])
-        tokens = torch.from_numpy(data["tokens"][batch, :, :T].astype(np.int64))
+        T = math.ceil(examples["length"][batch].max() / 64) * 64
+        T = min(T, model.config.block_size, examples["tokens"].shape[2])
+        tokens = torch.from_numpy(examples["tokens"][batch, :, :T].astype(np.int64))
         tokens = to_device(tokens, device)  # (B, 4, T)
-        context_length = to_device(torch.from_numpy(data["context_length"][batch]), device)  # (B,)
-        length = to_device(torch.from_numpy(data["length"][batch]), device)  # (B, 4)
-        label = to_device(torch.from_numpy(data["label"][batch]), device)  # (B,)
+        context_length = to_device(torch.from_numpy(examples["context_length"][batch]), device)  # (B,)
+        length = to_device(torch.from_numpy(examples["length"][batch]), device)  # (B, 4)
+        label = to_device(torch.from_numpy(examples["label"][batch]), device)  # (B,)
 
         # the loss of each token given the tokens before it
         with autocast, sdpa_kernel(ANY_LENGTH_BACKENDS):
@@ -1158,232 +927,193 @@ def evaluate_hellaswag(model, data, micro_batch_size, rank, world_size, device, 
         position = torch.arange(1, T, device=device)  # of the targets
         is_ending = (position >= context_length[:, None, None]) & (position < length[:, :, None])
         mean_loss = (losses * is_ending).sum(dim=2) / is_ending.sum(dim=2)  # (B, 4)
-        num_correct += (mean_loss.argmin(dim=1) == label).sum()
-    if world_size > 1:
-        dist.all_reduce(num_correct)
-    return num_correct.item() / len(data["label"])
+        totals[0] += (mean_loss.argmin(dim=1) == label).sum()
+    totals[1] = stop_request.requested()
+    num_correct, num_stopped = sum_over_ranks(totals).tolist()
+    return None if num_stopped else num_correct / num_examples
 
 
-def generate_samples(model, enc, args, device, autocast, rank, val_loss):
-    """Return a list of two continuations of args.prompt as printable text.
+def load_tokenizer(name):
+    """Return the tokenizer for the samples, or None if it cannot be loaded."""
+    try:
+        return get_tokenizer(name)
+    except Exception as error:  # errors of the network, the disk and tiktoken share no base class
+        warn(f"no samples, because GPT-2's vocabulary cannot be loaded ({type(error).__name__})")
+        return None
 
-    The list is empty on ranks other than 0, without a tokenizer, and if val_loss is not finite:
-    sampling from probabilities that are NaN is an error. Uses its own random generator, so sampling
-    does not affect training. Leaves the model in eval mode.
+
+def print_samples(model, enc, args, device, autocast):
+    """Print two continuations of args.prompt. Called on rank 0.
+
+    Uses its own random generator, so sampling does not affect training.
     """
-    if enc is None or rank != 0 or not math.isfinite(val_loss):
-        return []
     # an empty prompt becomes <|endoftext|>, which starts every document
     tokens = enc.encode_ordinary(args.prompt) or [enc.eot_token]
     idx = torch.tensor([tokens, tokens], device=device)  # (2, T)
     generator = torch.Generator(device).manual_seed(42)
     with autocast, sdpa_kernel(ANY_LENGTH_BACKENDS):
         idx = model.generate(idx, args.max_new_tokens, generator)
-    # control characters could confuse a terminal
-    samples = []
     for row in idx.tolist():
-        text = enc.decode(row)
-        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-        samples.append(text)
-    return samples
+        # control characters could confuse a terminal
+        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in enc.decode(row))
+        say("> " + text.replace("\n", "\n> "))
+
+
+def print_evaluations(model, val_data, hellaswag, args, process, autocast):
+    """Print the validation loss and the HellaSwag score, for --eval_only."""
+    evaluation_args = (args.micro_batch_size or 8, process, autocast, StopRequest(process))
+    val_loss = evaluate(model, model, val_data, args.val_tokens, *evaluation_args)
+    if val_loss is not None:
+        say(f"val loss: {val_loss:.4f}")
+    accuracy = evaluate_hellaswag(model, hellaswag, *evaluation_args) if hellaswag else None
+    if accuracy is not None:
+        say(f"HellaSwag acc_norm: {accuracy:.4f}")
 
 
 # -------------------------------------------------------------------------------- run directory
-# A resumed run must have the same data and the same values of these flags. check_same_settings
-# makes two exceptions. --dtype, --micro_batch_size, --device, --compile and the number of processes
-# may change: they change the result by rounding only, and with --dropout by other dropout masks.
-# --init_from matters only when a run starts. No other flag affects the weights.
-RESULT_FLAGS = (
-    "seed",
-    "shuffle",
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "block_size",
-    "dropout",
-    "total_batch_size",
-    "max_steps",
-    "optimizer",
-    "learning_rate",
-    "schedule",
-    "warmup_steps",
-    "weight_decay",
-    "grad_clip",
-)
-CHECKPOINT_FORMAT = 2  # increase it when older checkpoints can no longer be resumed
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # as on Lustre without flock, and on some network disks
-DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # what Python, torch.save and save_file raise on a full disk
+CHECKPOINT_FORMAT = 3  # increase it when older checkpoints can no longer be resumed
+RESUME_FILES = ("config.json", "model.safetensors", "trainer.pt")
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # as on Lustre without flock
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError)  # of Python, torch.save and save_file
 
 
 class RunDirectory:
-    """A run's --log_dir: a lock, log.txt, run.json, and checkpoints named step_NNNNNN.
+    """A run's --log_dir: a lock, log.txt, run.json, checkpoints step_NNNNNN, and the best model.
 
-    A checkpoint is written to a temporary directory, flushed to disk and renamed, so that it is
-    either complete or absent, whenever the process is killed. Its sha256.json lets a later run
-    detect damage. Only rank 0 writes.
+    A model is written to the directory tmp, flushed to disk and renamed, so that it is either
+    complete or absent, whenever the process is killed. A checkpoint's sha256.json lets a later run
+    detect damage. Only rank 0 opens the directory; on other ranks, the methods do nothing.
     """
 
     def __init__(self, path):
         self.path = path
+        self.log_path = f"{path}/log.txt"
+        self.best = f"{path}/best"
+        self.tmp = f"{path}/tmp"
         self.lock = None
-        self.log_file = None  # open on rank 0 only
+        self.log_file = None
+        self.wandb_run = None
         self.saved_step = None  # the last saved step, or the first step of this run
-        self.tokenizer_files = {}  # file name -> content (bytes), copied into each checkpoint
+        self.best_loss = math.inf  # the lowest validation loss so far
 
-    def acquire(self):
-        """Lock the directory until this process ends, and check that it can be written to.
+    def open(self, args):
+        """Lock the directory if it exists. Returns the checkpoint to resume from, or None.
 
-        The operating system releases the lock of a killed process. Raises UserError.
+        Damaged checkpoints after it are set aside, so that they are never counted again.
         """
-        try:
-            os.makedirs(self.path, exist_ok=True)
-            # a soft lock, which is only a file, would survive a crash and block --resume
-            self.lock = filelock.FileLock(f"{self.path}/lock", fallback_to_soft=False)
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(
-                f"--log_dir {self.path} is in use by another run: wait for it, or choose another --log_dir"
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise UserError(
-                    f"cannot write to --log_dir {self.path} ({error.strerror}): choose another --log_dir"
-                ) from None
-            warn(f"the file system of --log_dir {self.path} has no locks: start only one run in it")
-        # Find out now, not at the first checkpoint, whether files can be written and directories
-        # renamed.
-        try:
-            self.remove_incomplete()
-            temporary = f"{self.path}/tmp_step_test"
-            os.makedirs(temporary)
-            write_json(f"{temporary}/test.json", {})
-            flush_to_disk(temporary)
-            os.replace(temporary, f"{self.path}/tmp_step_renamed")
-            shutil.rmtree(f"{self.path}/tmp_step_renamed")
-        except OSError as error:
-            raise UserError(
-                f"cannot save checkpoints in --log_dir {self.path} ({error.strerror}): free some space, or "
-                "choose a --log_dir on a file system that can rename directories"
-            ) from None
-
-    def checkpoints(self):
-        """Return the paths of all checkpoints, oldest first."""
-        names = os.listdir(self.path) if os.path.isdir(self.path) else []
-        names = [name for name in names if re.fullmatch(r"step_\d{6,18}", name)]
-        return [f"{self.path}/{name}" for name in sorted(names, key=step_of)]
-
-    def set_aside_after(self, step):
-        """Rename the checkpoints after this step to former_step_NNNNNN.
-
-        Called if the run returns to an earlier checkpoint. To resume one of them, rename it back.
-        open_log drops the log's lines after that step.
-        """
-        for path in self.checkpoints():
-            if step_of(path) > step:
-                former = f"{self.path}/former_{os.path.basename(path)}"
-                number = 1
-                while os.path.exists(former):  # do not overwrite what was set aside before
-                    number += 1
-                    former = f"{self.path}/former_{os.path.basename(path)}_{number}"
-                os.replace(path, former)
-
-    def remove_incomplete(self):
-        """Delete what a crash left of a checkpoint; a full disk may need the room."""
-        for entry in os.scandir(self.path):
-            if entry.name.startswith("tmp_step_"):
-                if entry.is_dir():
-                    shutil.rmtree(entry.path)
-                else:
-                    os.remove(entry.path)
-
-    def start(self, step, args, data_set):
-        """Prepare the directory for training from this step. Called on rank 0. Raises OSError.
-
-        Returns a note for the header if checkpoints will lack the tokenizer's files, otherwise
-        None.
-        """
-        # A resumed run has a checkpoint of this step, and a new run has nothing to save yet.
-        self.saved_step = step
-        # run.json is for plot.py and for people
-        run = {**vars(args), "tokenizer": data_set["tokenizer"], "source": data_set["source"]}
-        write_json(f"{self.path}/run.json.tmp", run)
-        os.replace(f"{self.path}/run.json.tmp", f"{self.path}/run.json")
-        # keep the tokenizer's files in memory, so that saving does not depend on the data directory
-        for name in TOKENIZER_FILES:
-            if os.path.isfile(f"{args.data_dir}/{name}"):
-                with open(f"{args.data_dir}/{name}", "rb") as file:
-                    self.tokenizer_files[name] = file.read()
-        self.open_log(step)
-        if self.tokenizer_files:
+        if not os.path.isdir(self.path):
+            return None  # start() creates it when everything else has been checked
+        if not args.eval_only:
+            self.acquire_lock()
+        checkpoints = checkpoints_in(self.path)
+        if not args.resume:
+            if not args.eval_only and (checkpoints or os.path.exists(self.log_path)):
+                fail(f"--log_dir {self.path} already contains a run: pass --resume, or choose another")
             return None
-        return f"no {' or '.join(TOKENIZER_FILES)} in {args.data_dir}: checkpoints will have no tokenizer"
+        # find the newest checkpoint that is intact
+        damaged = []
+        while checkpoints and not is_intact(checkpoints[-1]):
+            damaged.append(checkpoints.pop())
+        if damaged and not checkpoints:
+            fail(f"all checkpoints are damaged ({', '.join(damaged)}): start again in another --log_dir")
+        for path in damaged:
+            warn(f"{path} is damaged: {checkpoints[-1]} is used instead")
+            if not args.eval_only:
+                target = f"{self.path}/damaged_{os.path.basename(path)}"
+                with explain(f"cannot rename {path}", "move it away"):
+                    shutil.rmtree(target, ignore_errors=True)  # the same step of an earlier attempt
+                    os.replace(path, target)
+        return checkpoints[-1] if checkpoints else None
 
-    def open_log(self, step):
-        """Open log.txt for appending.
+    def acquire_lock(self):
+        """Lock the directory, and create it if necessary.
 
-        Incomplete lines, and lines of steps that are run again, are dropped.
+        The operating system releases the lock when this process ends, also if it is killed. A soft
+        lock, which is only a file, would survive and block --resume.
         """
-        path = f"{self.path}/log.txt"
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(f"{path} is not a regular file")
-        # the lines of steps that are done; a line without a newline at its end was cut by a crash
-        complete_lines = []
-        if os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    if re.fullmatch(r"\d{1,18} \S+ \S+\n", line) and int(line.split()[0]) < step:
-                        complete_lines.append(line)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            file.writelines(complete_lines)
-        os.replace(f"{path}.tmp", path)
-        # A large buffer holds the lines while the disk is full.
-        self.log_file = open(path, "a", buffering=2**24, encoding="utf-8")  # noqa: SIM115, open until the run ends
+        with explain(f"cannot write to --log_dir {self.path}", "choose another --log_dir"):
+            os.makedirs(self.path, exist_ok=True)
+            self.lock = filelock.FileLock(f"{self.path}/lock", fallback_to_soft=False)
+            try:
+                self.lock.acquire(timeout=0)
+            except filelock.Timeout:
+                fail(f"--log_dir {self.path} is in use by another run: wait, or choose another")
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                warn(f"the disk of --log_dir {self.path} has no locks: start only one run in it")
 
-    def log(self, step, metrics):
-        """Append a "step kind value" line for each of the metrics, a dict.
+    def start(self, step, args, settings):
+        """Write run.json, and drop the lines of log.txt that this run will write again."""
+        if self.lock is None:
+            self.acquire_lock()
+        self.saved_step = step  # a resumed run has this checkpoint, a new run has nothing to save
+        with explain(f"cannot write to --log_dir {self.path}", "free some space, or choose another"):
+            # what is left of a run that crashed
+            shutil.rmtree(self.tmp, ignore_errors=True)
+            if step == 0:
+                shutil.rmtree(self.best, ignore_errors=True)
+            # the lines of steps that are done; a crash can leave half a line, or zeros, at the end
+            lines = []
+            if os.path.exists(self.log_path):
+                with open(self.log_path, encoding="utf-8", errors="replace") as file:
+                    matches = [re.fullmatch(r"(\d+) (\S+) (\S+)\n", line) for line in file]
+                lines = [match for match in matches if match and int(match[1]) < step]
+            with atomic_write(self.log_path) as file:
+                file.writelines(line[0].encode() for line in lines)
+            val_losses = [float(line[3]) for line in lines if line[2] == "val"]
+            self.best_loss = min(val_losses, default=math.inf)
+            # a large buffer holds the lines while the disk is full
+            self.log_file = open(self.log_path, "a", 2**24, encoding="utf-8")  # noqa: SIM115, stays open
+            if args.wandb:
+                self.start_wandb(args.wandb, settings)
+            write_json(f"{self.path}/run.json", settings)  # for plot.py and for people
 
-        Does nothing on ranks other than 0.
-        """
+    def start_wandb(self, project, settings):
+        """Start a run of Weights & Biases, or continue the one of run.json. Adds its id to settings."""
+        settings["wandb_id"] = uuid.uuid4().hex
+        with suppress(OSError, ValueError, KeyError):  # a new run has no run.json
+            settings["wandb_id"] = json.loads(Path(self.path, "run.json").read_text())["wandb_id"]
+        run = {"project": project, "id": settings["wandb_id"], "resume": "allow"}
+        try:
+            import wandb  # imported here because it is optional
+
+            self.wandb_run = wandb.init(**run, dir=self.path, config=settings)
+        except Exception as error:  # none of its errors may end the training
+            warn(f"no metrics go to Weights & Biases ({error}); training continues")
+
+    def close(self, step):
+        """Finish the log. Raises UserError if the last step could not be saved."""
+        if self.wandb_run:
+            with suppress(Exception):
+                self.wandb_run.finish()
+        if self.log_file and self.saved_step < step:
+            fail(f"step {step} could not be saved: free some space, then continue with --resume")
+
+    def log(self, step, **metrics):
+        """Append a "step kind value" line for each of the metrics, and send them to wandb."""
         if self.log_file is None:
             return
-        try:
+        with self.continue_after_disk_errors(f"cannot write to {self.log_path}"):
             for kind, value in metrics.items():
                 self.log_file.write(f"{step} {kind} {value}\n")
             self.log_file.flush()
-        except OSError as error:
-            warn(f"cannot write to {self.path}/log.txt ({error.strerror}); training continues")
+        if self.wandb_run:
+            with suppress(Exception):
+                numbers = {kind: float(value) for kind, value in metrics.items()}
+                self.wandb_run.log(numbers, step=step)
 
     def save(self, step, model, optimizers, scaler, args):
         """Save a checkpoint if step is later than the last saved step.
 
-        A failure does not end the run. Does nothing on ranks other than 0, which have no open log.
+        A failure is only reported.
         """
         if self.log_file is None or step <= self.saved_step:
             return
-        try:
-            self.write_checkpoint(step, model, optimizers, scaler, args)
-            self.saved_step = step
-        except DISK_ERRORS as error:
-            reason = str(error).partition("\n")[0]
-            warn(f"cannot save a checkpoint at step {step} ({reason}); training continues")
-
-    def write_checkpoint(self, step, model, optimizers, scaler, args):
-        """Write step_NNNNNN, then delete the oldest checkpoints beyond args.keep_checkpoints.
-
-        model.safetensors, config.json and the tokenizer's files are a Hugging Face model.
-        trainer.pt holds what only training needs. Raises one of DISK_ERRORS.
-        """
-        final = f"{self.path}/step_{step:06d}"
-        temporary = f"{self.path}/tmp_step_{step:06d}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            # 1) a model that other tools load
-            model.save_pretrained(temporary)
-            for name, content in self.tokenizer_files.items():
-                with open(f"{temporary}/{name}", "wb") as file:
-                    file.write(content)
-            # 2) what a resumed run needs; the data order and the random numbers follow from the
-            # seed and the step
+        with self.continue_after_disk_errors(f"cannot save a checkpoint at step {step}"):
+            self.write_model(model, args.data_dir)
+            # What a resumed run needs. The data order and the random numbers follow from the seed
+            # and the step.
             trainer_state = {
                 "format": CHECKPOINT_FORMAT,
                 "step": step,
@@ -1391,917 +1121,638 @@ class RunDirectory:
                 "scaler": scaler.state_dict(),
                 "args": vars(args),
             }
-            torch.save(trainer_state, f"{temporary}/trainer.pt")
-            # 3) checksums of these files
-            checksums = {name: sha256_of(f"{temporary}/{name}") for name in sorted(os.listdir(temporary))}
-            write_json(f"{temporary}/sha256.json", checksums)
-            # 4) Flush everything to the disk before the renaming, which makes the checkpoint
-            # visible.
-            for name in os.listdir(temporary):
-                flush_to_disk(f"{temporary}/{name}")
-            flush_to_disk(temporary)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged checkpoint of the same step
-            os.replace(temporary, final)
-            flush_to_disk(self.path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        # delete old checkpoints only now that the new one is complete
-        if args.keep_checkpoints:
-            for path in self.checkpoints()[: -args.keep_checkpoints]:
-                shutil.rmtree(path, ignore_errors=True)
+            torch.save(trainer_state, f"{self.tmp}/trainer.pt")
+            checksums = {name: sha256_of(f"{self.tmp}/{name}") for name in RESUME_FILES}
+            write_json(f"{self.tmp}/sha256.json", checksums)
+            self.publish(f"step_{step:06d}")
+            self.saved_step = step
+            # delete old checkpoints only now that the new one, which is the newest, is complete
+            if args.keep_checkpoints:
+                for path in checkpoints_in(self.path)[: -args.keep_checkpoints]:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def save_best(self, val_loss, model, args):
+        """Save the model as best if its validation loss is the lowest so far."""
+        if self.log_file is None or not val_loss < self.best_loss:
+            return
+        with self.continue_after_disk_errors("cannot save the best model"):
+            self.write_model(model, args.data_dir)
+            weights = f"{self.tmp}/model.safetensors"
+            if os.path.isdir(self.best):  # its other files do not change
+                flush_to_disk(weights)
+                os.replace(weights, f"{self.best}/model.safetensors")
+            else:
+                self.publish("best")
+            self.best_loss = val_loss
+
+    @contextmanager
+    def continue_after_disk_errors(self, problem):
+        """Turn a disk error in the with block, such as a full disk, into a warning."""
+        try:
+            yield
+        except DISK_ERRORS as error:
+            reason = str(error).partition("\n")[0]
+            warn(f"{problem} ({reason}); training continues")
+            shutil.rmtree(self.tmp, ignore_errors=True)
+
+    def write_model(self, model, data_dir):
+        """Write a Hugging Face model with its tokenizer to tmp."""
+        shutil.rmtree(self.tmp, ignore_errors=True)
+        model.save_pretrained(self.tmp)
+        tokenizer_config = {"model_max_length": model.config.block_size}
+        write_json(f"{self.tmp}/tokenizer_config.json", tokenizer_config)
+        for name in ("vocab.json", "merges.txt"):
+            if os.path.exists(f"{data_dir}/{name}"):
+                shutil.copyfile(f"{data_dir}/{name}", f"{self.tmp}/{name}")
+
+    def publish(self, name):
+        """Flush tmp to the disk, then rename it, which makes it visible."""
+        for file in os.listdir(self.tmp):
+            flush_to_disk(f"{self.tmp}/{file}")
+        flush_to_disk(self.tmp)
+        os.replace(self.tmp, f"{self.path}/{name}")
+        flush_to_disk(self.path)
 
 
-def step_of(path):
-    """Return the step of a checkpoint from its name, step_NNNNNN."""
-    return int(os.path.basename(path).removeprefix("step_"))
-
-
-def write_json(path, content):
-    """Write a dict to a JSON file."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+def is_intact(checkpoint):
+    """Return whether the files that resuming needs match the checksums in sha256.json."""
+    try:
+        with open(f"{checkpoint}/sha256.json", encoding="utf-8") as file:
+            checksums = json.load(file)
+        return all(sha256_of(f"{checkpoint}/{name}") == checksums[name] for name in RESUME_FILES)
+    except (OSError, ValueError, KeyError):  # missing files, damaged JSON, missing checksums
+        return False
 
 
 def flush_to_disk(path):
     """Wait until a file or directory is on the disk, not only in the system's memory."""
-    if os.path.isdir(path):
-        # Some network file systems and Windows cannot flush directories. A crash of the whole
-        # machine could then lose the newest checkpoint, but not damage it unnoticed.
-        with suppress(OSError):
-            flush_descriptor(os.open(path, os.O_RDONLY))
-    else:
-        flush_descriptor(os.open(path, os.O_RDWR))
-
-
-def flush_descriptor(descriptor):
-    """Flush an open file to the disk and close it."""
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    is_directory = os.path.isdir(path)
+    # Windows and some network file systems cannot flush directories
+    with suppress(OSError) if is_directory else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------- resuming
-def choose_checkpoint(run_directory, args):
-    """Return the path of the checkpoint to resume from, or None to start from scratch.
+# A resumed run may have other values of these flags. They do not change the weights, or by rounding
+# only: device, dtype, micro_batch_size and compile, as does the number of processes, and with
+# --dropout by other dropout masks. All other flags must stay.
+FREE_FLAGS = {"device", "dtype", "micro_batch_size", "compile"}
+FREE_FLAGS |= {"data_dir", "log_dir", "resume", "keep_checkpoints", "checkpoint_interval", "save_best"}
+FREE_FLAGS |= {"eval_only", "eval_interval", "val_tokens", "hellaswag_interval"}
+FREE_FLAGS |= {"prompt", "max_new_tokens", "log_interval", "wandb"}
 
-    With --resume, that is the newest undamaged checkpoint in --log_dir. With --resume DIR, it is DIR,
-    or the newest checkpoint in DIR if that is the directory of another run. goes_back says when DIR
-    is ignored. Raises UserError or ValueError.
+
+def load_trainer_state(checkpoint):
+    """Return the content of trainer.pt."""
+    with explain(f"cannot load {checkpoint}", "move it away to resume from the checkpoint before it"):
+        # weights_only: the file cannot run code
+        state = torch.load(f"{checkpoint}/trainer.pt", map_location="cpu", weights_only=True)
+        if state["format"] != CHECKPOINT_FORMAT:
+            fail(f"{checkpoint} is of an earlier version: start a new run from it with --init_from")
+    return state
+
+
+def resolve_flags(args, checkpoint, trainer_state):
+    """Set flags that were not given to the values of the checkpoint, the loaded model or the preset.
+
+    Refuses a flag that was given and would change the result of the run in the checkpoint.
     """
-    # without --resume the directory must not contain a run
-    checkpoints = run_directory.checkpoints()
-    has_run = bool(checkpoints) or os.path.exists(f"{args.log_dir}/log.txt")
-    if args.resume is None:
-        if has_run:
-            raise UserError(
-                f"--log_dir {args.log_dir} already contains a run: pass --resume to continue it, or choose "
-                "another --log_dir"
-            )
-        return None
-    # With --resume DIR, try only the checkpoint that DIR stands for. Otherwise try all checkpoints,
-    # the newest first.
-    candidates = checkpoints[::-1]
-    if goes_back(args, checkpoints):
-        if not os.path.isdir(args.resume):
-            raise UserError(f"--resume {args.resume} is not a directory: pass a checkpoint, log/step_NNNNNN")
-        path = os.path.realpath(find_pretrained(args.resume))
-        if not re.fullmatch(r"step_\d+", os.path.basename(path)):
-            raise UserError(
-                f"--resume {args.resume} is not named step_NNNNNN: pass a checkpoint (rename former_step_NNNNNN to "
-                "step_NNNNNN first)"
-            )
-        # another run's checkpoint can start a new run, but not replace a run that is in --log_dir
-        is_other_run = os.path.dirname(path) != os.path.realpath(args.log_dir)
-        if has_run and is_other_run and restart_count() == 0:
-            raise UserError(
-                f"--log_dir {args.log_dir} already contains a run, and --resume {args.resume} belongs to another one: "
-                "choose another --log_dir"
-            )
-        candidates = [path]
-    # take the first one that is undamaged
-    damages = []
-    for path in candidates:
-        damage = find_damage(path)
-        if damage is None:
-            if damages:
-                warn(f"{'; '.join(damages)}: resuming from the checkpoint before it")
-            return path
-        damages.append(f"{path} is damaged ({damage})")
-    if damages:
-        raise UserError(
-            f"{'; '.join(damages)}: pass an undamaged checkpoint with --resume DIR, or start a new run in another "
-            "--log_dir"
-        )
-    return None
+    # a checkpoint has all flags, and the model of --init_from has those of its shape
+    source, saved_flags = None, {}
+    if checkpoint:
+        source, saved_flags = checkpoint, trainer_state["args"]
+    elif args.init_from:
+        source, saved_flags = args.init_from, shape_of(args.init_from)
+        saved_flags["block_size"] = args.block_size or saved_flags["block_size"]  # it may be smaller
+    for name, saved in saved_flags.items():
+        given = getattr(args, name, None)
+        if given is None:
+            setattr(args, name, saved)
+        elif name == "dtype" and given != saved:
+            warn(f"{source} was trained in {saved}: in {given}, the result will differ by rounding")
+        elif given != saved and name not in FREE_FLAGS and not args.eval_only:
+            advice = f"omit --{name}"
+            if checkpoint:
+                advice += ", or choose another --log_dir"
+            if name == "max_steps":
+                # until the decay begins, the learning rate does not depend on max_steps
+                decay_start = (1 - DECAY_FRACTION) * min(saved, given)
+                if saved_flags["schedule"] == "wsd" and trainer_state["step"] <= decay_start:
+                    continue
+                advice = "to train longer, start a new run with --init_from and another --seed (or with --schedule "
+                advice += "wsd, whose --max_steps may change until the decay begins)"
+            fail(f"--{name} is {given}, but {source} has {saved}: {advice}")
+    # the preset has the remaining ones
+    args.preset = args.preset or "gpt2"
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+    # values that do not fit together
+    if args.n_embd % args.n_head:
+        fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: choose a multiple")
+    if args.wandb and find_spec("wandb") is None:
+        fail("--wandb needs the package wandb: install it with pip install wandb, or pass --wandb ''")
+    if args.eval_only and not source:
+        fail("--eval_only needs a model: pass --resume with the --log_dir of a run, or --init_from")
+    if args.warmup_steps > args.max_steps / 2 and not checkpoint:
+        problem = f"--warmup_steps {args.warmup_steps} is more than half of --max_steps {args.max_steps}"
+        warn(f"{problem}: use a smaller one, for example {args.max_steps // 10}")
 
 
-def restart_count():
-    """Return how often torchrun or Slurm has restarted this run."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
+def shape_of(name):
+    """Return the flags that a model determines, from its config.json."""
+    with explain(f"cannot load {name}", LOAD_ADVICE):
+        with open(f"{find_pretrained(name)}/config.json", encoding="utf-8") as file:
+            config = json.load(file)
+        shape = {flag: config[flag] for flag in ("n_layer", "n_head", "n_embd")}
+        return {**shape, "block_size": config["n_positions"]}
 
 
-def goes_back(args, checkpoints):
-    """Return whether to go back to the one checkpoint that --resume names.
-
-    False without DIR, and if DIR is --log_dir itself: then the newest checkpoint is used. Also
-    False if torchrun or Slurm has restarted this command and --log_dir has a checkpoint: the first
-    start has gone back already, and the progress since then must not be lost.
-    """
-    if args.resume in (None, "newest") or os.path.realpath(args.resume) == os.path.realpath(args.log_dir):
-        return False
-    return restart_count() == 0 or not checkpoints
-
-
-def find_damage(path):
-    """Return in a few words what is wrong with a checkpoint, or None.
-
-    Loads it completely, as a run would: files can match their checksums and still be unusable.
-    """
-    # damaged files raise many types of errors
-    try:
-        checksums = read_json(f"{path}/sha256.json")
-        for name in ("config.json", "model.safetensors", "trainer.pt"):
-            if not os.path.isfile(f"{path}/{name}"):  # opening a named pipe would wait forever
-                return f"{name} is missing"
-            if sha256_of(f"{path}/{name}") != checksums.get(name):
-                return f"{name} does not match its checksum"
-        model = GPT.from_pretrained(path)
-        trainer_state = load_trainer_state(path)
-        load_optimizers(model, trainer_state, torch.device("cpu"), rank=0, world_size=1)
-    except UserError:  # the checkpoint of an earlier version is not damaged
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return f"{type(error).__name__}: {error}"
-    return None
+def restore_optimizers(trainer_state, optimizers, scaler):
+    """Load the saved state of the optimizers and the gradient scaler. Returns the step."""
+    for optimizer, saved in zip(optimizers, trainer_state["optimizers"], strict=True):
+        # the settings of the groups (betas, weight decay, ...) come from this program
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    if trainer_state["scaler"]:  # empty if the run did not use float16 before
+        scaler.load_state_dict(trainer_state["scaler"])
+    return trainer_state["step"]
 
 
-def load_trainer_state(path):
-    """Return the dict in a checkpoint's trainer.pt.
-
-    Raises ValueError if it is damaged, UserError if it is too old.
-    """
-    # weights_only: the file cannot run code
-    trainer_state = torch.load(f"{path}/trainer.pt", map_location="cpu", weights_only=True)
-    if not isinstance(trainer_state, dict) or not isinstance(trainer_state.get("args"), dict):
-        raise ValueError("trainer.pt does not contain the state of a run")
-    # it must have the current format, and its step must be that of the directory
-    if trainer_state.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(
-            f"{path} was written by an earlier version of train_gpt2.py and cannot be resumed: continue with that "
-            "version, or start a new run from its weights with --init_from"
-        )
-    if type(trainer_state.get("step")) is not int or trainer_state["step"] != step_of(path):
-        raise ValueError(f"trainer.pt belongs to step {trainer_state.get('step')!r}, not to the step of its directory")
-    if trainer_state["step"] > trainer_state["args"]["max_steps"]:
-        raise ValueError(
-            f"trainer.pt belongs to step {trainer_state['step']}, which is later than the last step of its run"
-        )
-    # flags are plain values, and the state of a gradient scaler is empty or consists of numbers
-    for name, value in trainer_state["args"].items():
-        if not isinstance(value, (str, int, float, type(None))):
-            raise ValueError(f"trainer.pt contains --{name} with a wrong type, {type(value).__name__}")
-    scaler = trainer_state["scaler"]
-    if scaler != {} and scaler.keys() != torch.amp.GradScaler("cpu").state_dict().keys():
-        raise ValueError("trainer.pt contains an invalid state of the gradient scaler")
-    if not all(isinstance(value, (int, float)) for value in scaler.values()):
-        raise ValueError("trainer.pt contains an invalid state of the gradient scaler")
-    return trainer_state
-
-
-def load_optimizers(model, trainer_state, device, rank, world_size):
-    """Return the optimizers of a run with their saved state.
-
-    The fused optimizers read and write memory without checking sizes, so every tensor is checked
-    first. Raises ValueError if the state does not fit the model.
-    """
-    args = trainer_state["args"]
-    optimizers = configure_optimizers(
-        model, args["optimizer"], args["learning_rate"], args["weight_decay"], device, rank, world_size
-    )
-    saved_states = trainer_state["optimizers"]
-    if not isinstance(saved_states, list) or len(saved_states) != len(optimizers):
-        raise ValueError("trainer.pt contains the state of other optimizers")
-    for optimizer, saved in zip(optimizers, saved_states, strict=True):
-        # the saved states are numbered in the order of the parameters
-        parameters = []
-        for group in optimizer.param_groups:
-            parameters += group["params"]
-        expected = OPTIMIZER_STATE[type(optimizer).__name__]
-        # the state is empty if float16 has skipped all steps so far
-        numbers = sorted(saved["state"])
-        if numbers and numbers != list(range(len(parameters))):
-            raise ValueError("trainer.pt does not contain the optimizer state of all parameters")
-        for number, tensors in saved["state"].items():
-            if set(tensors) != expected:
-                raise ValueError(f"the optimizer state has {sorted(tensors)} instead of {sorted(expected)}")
-            for name, tensor in tensors.items():
-                shape = () if name == "step" else parameters[number].shape
-                is_dense = tensor.layout == torch.strided and tensor.is_contiguous()
-                if tensor.shape != shape or tensor.dtype != torch.float32 or not is_dense:
-                    raise ValueError(f"{name} of the optimizer state has shape {tuple(tensor.shape)}, {tensor.dtype}")
-        # Take the saved state only. The settings of the groups (betas, weight decay, ...) come from
-        # this program and its flags.
-        optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
-    return optimizers
-
-
-def check_same_settings(path, trainer_state, args):
-    """Raise UserError if the data or the RESULT_FLAGS differ from those of the checkpoint."""
-    saved_args = trainer_state["args"]
-    for name in ("data", *RESULT_FLAGS):
-        saved, current = saved_args.get(name), getattr(args, name)
-        # with --init_from, the flags of the shape still have the preset's values
-        if saved == current or (args.init_from and name in SHAPE_FLAGS):
-            continue
-        if name == "max_steps" and args.schedule == "linear" and type(saved) is int:
-            # Until the decay begins after 40% of the steps, the learning rate does not depend on
-            # max_steps.
-            if trainer_state["step"] <= 0.4 * min(saved, current):
-                continue
-        subject = "the data in --data_dir" if name == "data" else f"--{name}"
-        advice = "use the same value, or another --log_dir"
-        if name == "max_steps":
-            advice = (
-                "use the same value; to train longer, choose --schedule linear from the start, whose --max_steps may "
-                "change until the decay begins, or start a new run from this model with --init_from"
-            )
-        raise UserError(f"{subject} is {current}, but the run in {path} has {saved}: {advice}")
+def resume_command(args, world_size):
+    """Return the command that continues this run. Its other flags are in the checkpoint."""
+    launcher = "python"
+    if world_size > 1:
+        launcher = f"torchrun --standalone --nproc_per_node={world_size}"
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        launcher = "torchrun ..."  # on several machines, with the same flags as before
+    flags = ["--resume", "--log_dir", args.log_dir]
+    if args.device != "auto":
+        flags += ["--device", args.device]
+    return f"{launcher} {shlex.join([sys.argv[0], *flags])}"
 
 
 # ------------------------------------------------------------------------------------- stopping
 class StopRequest:
     """Records a request to stop. The training loop then saves a checkpoint and ends with status 0.
 
-    The request comes from SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, from --max_hours, or because
-    torchrun was killed and left its processes behind. A second Ctrl-C ends the process at once.
+    The request comes from SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, or because torchrun was killed and
+    left its processes behind. A second Ctrl-C ends the process at once.
     """
 
-    def __init__(self, max_hours, parent):
+    def __init__(self, process):
         self.reason = None
-        self.deadline = time.monotonic() + 3600 * (max_hours or math.inf)
         self.first_interrupt = math.inf  # time of the first SIGINT
-        # torchrun is the parent of the ranks. If it is killed, they get another parent.
-        self.parent = parent if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.torchrun_pid = process.torchrun_pid
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             if hasattr(signal, name):  # Windows has no SIGUSR1
                 signal.signal(getattr(signal, name), self.handle)
 
     def handle(self, number, frame):
         """Record a signal."""
-        # A second Ctrl-C ends the process. torchrun repeats the first one at once, which does not
-        # count.
-        now = time.monotonic()
-        if number == signal.SIGINT and now > self.first_interrupt + 1:
+        # torchrun repeats the first Ctrl-C at once, which does not count as the second one
+        if number == signal.SIGINT and time.monotonic() > self.first_interrupt + 1:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
         if number == signal.SIGINT:
-            self.first_interrupt = min(self.first_interrupt, now)
-        if self.reason is None:
-            self.reason = signal.Signals(number).name
+            self.first_interrupt = min(self.first_interrupt, time.monotonic())
+        self.reason = self.reason or signal.Signals(number).name
 
     def requested(self):
-        """Return whether to stop at the end of this step."""
-        if self.reason is None and time.monotonic() > self.deadline:
-            self.reason = "--max_hours"
-        if self.reason is None and self.parent is not None and os.getppid() != self.parent:
-            self.reason = "the end of torchrun"
+        """Return whether this rank was asked to stop."""
+        # torchrun is the parent of the ranks. If it is killed, they get another parent.
+        if self.torchrun_pid not in (None, os.getppid()):
+            self.reason = self.reason or "the end of torchrun"
         return self.reason is not None
 
 
 # --------------------------------------------------------------------------------- command line
-# Presets set the defaults of flags. The learning rates and the warmup (375M tokens) of gpt2 to
-# gpt2-xl follow GPT-3 ("Language Models are Few-Shot Learners", 2020, table 2.1 and appendix B).
-# All four use batches of 0.5M tokens; GPT-3 used 1M for its XL model.
+# Presets have the values of the flags that are not given. The learning rates and the warmup (375M
+# tokens) of gpt2 to gpt2-xl follow GPT-3 ("Language Models are Few-Shot Learners", 2020, table 2.1
+# and appendix B). All four use batches of 0.5M tokens; GPT-3 used 1M for its XL model.
 GPT2 = {
     "data_dir": "edu_fineweb10B",
+    "shuffle": True,
+    "seed": 1337,
     "n_layer": 12,
     "n_head": 12,
     "n_embd": 768,
     "block_size": 1024,  # tokens
+    "dropout": 0.0,
     "total_batch_size": 524288,  # tokens per step, about 0.5M
     "max_steps": 19073,  # one epoch over 10B tokens
     "optimizer": "adamw",
     "learning_rate": 6e-4,
     "schedule": "cosine",
     "warmup_steps": 715,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
     "eval_interval": 250,  # steps
     "val_tokens": 10485760,
-    "hellaswag_interval": 250,  # steps
-    "checkpoint_interval": 1000,  # steps
-    "log_interval": 1,  # steps
+    "hellaswag_interval": 1000,  # steps
     "prompt": "Hello, I'm a language model,",
     "max_new_tokens": 48,
-}
-GPT2_MEDIUM = {**GPT2, "n_layer": 24, "n_head": 16, "n_embd": 1024, "learning_rate": 3e-4}
-GPT2_LARGE = {**GPT2, "n_layer": 36, "n_head": 20, "n_embd": 1280, "learning_rate": 2.5e-4}
-GPT2_XL = {**GPT2, "n_layer": 48, "n_head": 25, "n_embd": 1600, "learning_rate": 2e-4}
-# Muon, with half of the tokens. This recipe was tuned on small models only and has not been tried
-# at this size (docs/performance.md).
-GPT2_FAST = {
-    **GPT2,
-    "max_steps": 9537,
-    "optimizer": "muon",
-    "learning_rate": 2e-3,
-    "schedule": "linear",
-    "warmup_steps": 250,
-}
-SHAKESPEARE = {
-    "data_dir": "shakespeare",
-    "n_layer": 4,
-    "n_head": 4,
-    "n_embd": 128,
-    "block_size": 64,
-    "total_batch_size": 1024,
-    "max_steps": 1100,
-    "optimizer": "muon",
-    "learning_rate": 8e-3,
-    "schedule": "linear",
-    "warmup_steps": 100,
-    "eval_interval": 250,
-    "val_tokens": 48000,
-    "hellaswag_interval": 0,
-    "checkpoint_interval": 500,
-    "log_interval": 10,
-    "prompt": "\n",
-    "max_new_tokens": 192,
+    "log_interval": 1,  # steps
+    "checkpoint_interval": 1000,  # steps
+    "keep_checkpoints": 3,
+    "save_best": False,
 }
 PRESETS = {
     "gpt2": GPT2,
-    "gpt2-medium": GPT2_MEDIUM,
-    "gpt2-large": GPT2_LARGE,
-    "gpt2-xl": GPT2_XL,
-    "gpt2-fast": GPT2_FAST,
-    "shakespeare": SHAKESPEARE,
+    "gpt2-medium": {**GPT2, "n_layer": 24, "n_head": 16, "n_embd": 1024, "learning_rate": 3e-4},
+    "gpt2-large": {**GPT2, "n_layer": 36, "n_head": 20, "n_embd": 1280, "learning_rate": 2.5e-4},
+    "gpt2-xl": {**GPT2, "n_layer": 48, "n_head": 25, "n_embd": 1600, "learning_rate": 2e-4},
+    # Muon, with half of the tokens. This recipe was tuned on small models only and has not been
+    # tried at this size (docs/performance.md).
+    "gpt2-fast": {
+        **GPT2,
+        "max_steps": 9537,
+        "optimizer": "muon",
+        "learning_rate": 2e-3,
+        "schedule": "wsd",
+        "warmup_steps": 250,
+    },
+    "shakespeare": {
+        **GPT2,
+        "data_dir": "shakespeare",
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 128,
+        "block_size": 64,
+        "total_batch_size": 1024,
+        "max_steps": 1100,
+        "optimizer": "muon",
+        "learning_rate": 8e-3,
+        "schedule": "wsd",
+        "warmup_steps": 100,
+        "val_tokens": 48000,
+        "hellaswag_interval": 0,
+        "checkpoint_interval": 500,
+        "save_best": True,
+        "log_interval": 10,
+        "prompt": "\n",
+        "max_new_tokens": 192,
+    },
 }
-SHAPE_FLAGS = ("n_layer", "n_head", "n_embd")  # with --init_from, these come from the loaded model
-ZERO_ALLOWED = ("seed", "dropout", "warmup_steps", "weight_decay", "keep_checkpoints", "hellaswag_interval")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def say(*lines, file=None):
-    """Print lines.
+def number(kind, is_valid, requirement):
+    """Return an argparse type: an int or float for which is_valid returns True."""
 
-    A closed terminal, or a file on a full disk in its place, must not end a training run.
-    """
-    with suppress(OSError):
-        print(*lines, sep="\n", file=file, flush=True)
+    def convert(text):
+        value = kind(text)
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {requirement}")
+        return value
 
-
-def warn(message):
-    """Print a one-line warning to stderr."""
-    say(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def report_error(message):
-    """Print a one-line error to stderr."""
-    say(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def fail(message):
-    """Report a user error and exit with status 2. Only the first rank of each machine prints it."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        report_error(message)
-    sys.exit(2)
-
-
-def integer_or_auto(text):
-    """Convert the argument of --micro_batch_size: an integer, or None for "auto"."""
-    return None if text == "auto" else int(text)
+    convert.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return convert
 
 
 def parse_args():
-    """Parse the command line, with defaults from --preset. Exits on invalid values."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: fail(f"{message}: see --help")
-    from_preset = "(default: from --preset)"
+    """Parse the command line. Flags that are not given are None until resolve_flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail  # in one line
+
+    def add(name, help_text, **options):
+        if name in GPT2:
+            help_text += f" (gpt2: {GPT2[name]})"
+        group.add_argument(f"--{name}", help=help_text, **options)
+
+    count = number(int, lambda value: value > 0, "above 0")
+    count_or_0 = number(int, lambda value: value >= 0, "0 or more")
+    positive = number(float, lambda value: value > 0, "above 0")
+    positive_or_0 = number(float, lambda value: value >= 0, "0 or more")
+    probability = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    switch = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--preset",
-        choices=list(PRESETS),
-        default="gpt2",
-        help="model size and recipe: the values of the flags that are not given (default: gpt2)",
-    )
-    group.add_argument("--data_dir", help=f"directory of token shards {from_preset}")
-    group.add_argument(
-        "--shuffle",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="shuffle the training data; otherwise it is read in file order (default: on)",
-    )
-    group.add_argument("--seed", type=int, default=1337, help="random seed (default: 1337)")
+    add("preset", "values of the other flags (default: gpt2, see below)", choices=[*PRESETS])
+    add("data_dir", "directory of token shards")
+    add("shuffle", "shuffle the training data; otherwise it is read in file order", action=switch)
+    add("seed", "random seed", type=count_or_0)
 
     group = parser.add_argument_group("model")
-    group.add_argument("--n_layer", type=int, help=f"number of blocks {from_preset}")
-    group.add_argument("--n_head", type=int, help=f"attention heads per block {from_preset}")
-    group.add_argument("--n_embd", type=int, help=f"channels, a multiple of n_head {from_preset}")
-    group.add_argument("--block_size", type=int, help=f"context length in tokens {from_preset}")
-    group.add_argument(
-        "--init_from",
-        metavar="MODEL",
-        help="fine-tune: start from a checkpoint, a run directory or a GPT-2 on the Hugging Face Hub,\n"
-        "which also sets the model size (default: random weights)",
-    )
-    group.add_argument("--dropout", type=float, default=0.0, help="dropout probability (default: 0.0)")
+    add("n_layer", "number of blocks", type=count)
+    add("n_head", "attention heads per block", type=count)
+    add("n_embd", "channels, a multiple of n_head", type=count)
+    add("block_size", "context length in tokens", type=count)
+    add("dropout", "dropout probability", type=probability)
+    init_from_help = "fine-tune a checkpoint, the newest one of a run, or a GPT-2 on the Hugging Face Hub"
+    add("init_from", init_from_help, metavar="MODEL")
 
     group = parser.add_argument_group("optimization")
-    group.add_argument("--total_batch_size", type=int, help=f"tokens per step, over all processes {from_preset}")
-    group.add_argument(
-        "--micro_batch_size",
-        type=integer_or_auto,
-        metavar="N",
-        help="sequences per forward pass and process\n(default: auto, as many as fit on a GPU, or a few on a CPU)",
-    )
-    group.add_argument("--max_steps", type=int, help=f"training steps {from_preset}")
-    group.add_argument(
-        "--optimizer",
-        choices=["adamw", "muon"],
-        help=f"adamw, or muon for the blocks' matrices and adamw for the rest {from_preset}",
-    )
-    group.add_argument("--learning_rate", type=float, help=f"peak learning rate {from_preset}")
-    group.add_argument(
-        "--schedule",
-        choices=list(SCHEDULES),
-        help=f"learning rate: cosine decay to 10 %%, or constant, then linear decay to 0 {from_preset}",
-    )
-    group.add_argument("--warmup_steps", type=int, help=f"steps of linear warmup {from_preset}")
-    group.add_argument(
-        "--weight_decay", type=float, default=0.1, help="weight decay of matrices and embeddings (default: 0.1)"
-    )
-    group.add_argument("--grad_clip", type=float, default=1.0, help="clip the gradient norm to this (default: 1.0)")
+    add("total_batch_size", "tokens per step, over all processes", type=count)
+    add("micro_batch_size", "sequences per forward pass (default: what fits)", type=count)
+    add("max_steps", "training steps", type=count)
+    add("optimizer", "adamw, or muon for the blocks' matrices and adamw for the rest", choices=OPTIMIZERS)
+    add("learning_rate", "peak learning rate", type=positive)
+    schedule_help = "learning rate: cosine decay to 10 %%, or wsd: constant, then linear decay to 0"
+    add("schedule", schedule_help, choices=[*SCHEDULES])
+    add("warmup_steps", "steps of linear warmup", type=count_or_0)
+    add("weight_decay", "weight decay of matrices and embeddings", type=positive_or_0)
+    add("grad_clip", "clip the norm of all gradients together to this", type=positive)
 
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval_interval", type=int, help=f"steps between validations and samples {from_preset}")
-    group.add_argument("--val_tokens", type=int, help=f"tokens per validation, at most the whole split {from_preset}")
-    group.add_argument("--hellaswag_interval", type=int, help=f"steps between HellaSwag scores; 0: never {from_preset}")
-    group.add_argument("--prompt", help=f"text that the two samples continue {from_preset}")
-    group.add_argument("--max_new_tokens", type=int, help=f"tokens per sample {from_preset}")
+    add("eval_interval", "steps between validations and samples", type=count)
+    add("val_tokens", "tokens per validation, at most the whole split", type=count)
+    add("hellaswag_interval", "steps between HellaSwag scores; 0: never", type=count_or_0)
+    add("prompt", "text that the two samples continue; type a line break as $'\\n' in bash")
+    add("max_new_tokens", "tokens per sample", type=count)
+    eval_only_help = "only print the validation loss and the HellaSwag score of a checkpoint"
+    group.add_argument("--eval_only", action="store_true", help=eval_only_help)
 
     group = parser.add_argument_group("system")
     group.add_argument("--log_dir", default="log", help="directory of the log and the checkpoints (default: log)")
-    group.add_argument("--log_interval", type=int, help=f"steps between lines on the screen {from_preset}")
-    group.add_argument("--checkpoint_interval", type=int, help=f"steps between checkpoints {from_preset}")
-    group.add_argument(
-        "--keep_checkpoints", type=int, default=3, help="number of checkpoints to keep; 0: all (default: 3)"
-    )
-    group.add_argument(
-        "--resume",
-        nargs="?",
-        const="newest",
-        metavar="DIR",
-        help="continue a run. Without DIR: from the newest checkpoint in --log_dir, or from scratch if it has\n"
-        "none. With DIR: from the checkpoint DIR; later checkpoints in --log_dir are renamed to\n"
-        "former_step_NNNNNN, and later lines of log.txt are deleted. The data and the flags that change the\n"
-        "result must be the same as before (default: start a new run)",
-    )
-    group.add_argument(
-        "--max_hours",
-        type=float,
-        help="save and stop after this many hours, counted from the end of the start-up (default: no limit)",
-    )
-    group.add_argument(
-        "--device",
-        default="auto",
-        help="auto, cpu, cuda, cuda:1, mps, ...; under torchrun each process takes a GPU of its own\n"
-        "(default: auto, a GPU if there is one)",
-    )
-    group.add_argument(
-        "--dtype",
-        choices=list(DTYPES),
-        help="precision of matmuls (default: bfloat16 where the GPU or CPU is fast at it, else float16 on a GPU,\n"
-        "float32 on a CPU; a resumed run keeps its dtype)",
-    )
-    group.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="use torch.compile (default: on GPUs only)"
-    )
-    args = parser.parse_args()
-    resolve_args(args)
-    return args
-
-
-def resolve_args(args):
-    """Set the flags that were not given to the preset's values. Exits if a value is invalid."""
-    # --init_from sets the model size
-    for name in SHAPE_FLAGS:
-        if args.init_from and getattr(args, name):
-            fail(f"--{name} cannot be combined with --init_from, which sets the model size: omit --{name}")
-    # flags that are not given take their values from the preset
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    # numbers must be positive; written as "not value > 0", this also refuses NaN
-    for name, value in vars(args).items():
-        if type(value) not in (int, float):
-            continue
-        if name in ZERO_ALLOWED and not value >= 0:
-            fail(f"--{name} is {value}: it must be 0 or more")
-        if name not in ZERO_ALLOWED and not value > 0:
-            fail(f"--{name} is {value}: it must be above 0")
-        # larger integers overflow in PyTorch; --grad_clip and --max_hours may be infinite
-        if name not in ("grad_clip", "max_hours") and value >= 2**62:
-            fail(f"--{name} is {value}: it must be below 2^62")
-    # values that do not fit together
-    if args.n_embd % args.n_head:
-        fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: choose a multiple of {args.n_head}")
-    if args.n_layer * args.n_embd**2 > 1e11:
-        fail(f"--n_layer {args.n_layer} and --n_embd {args.n_embd} make a trillion parameters: choose a smaller model")
-    if args.dropout >= 1:
-        fail(f"--dropout is {args.dropout}: it must be below 1")
-    # command-line arguments may contain bytes that are not UTF-8
-    args.prompt = args.prompt.encode(errors="surrogateescape").decode(errors="replace")
+    add("log_interval", "steps between lines on the screen", type=count)
+    add("checkpoint_interval", "steps between checkpoints", type=count)
+    add("keep_checkpoints", "number of checkpoints to keep; 0: all", type=count_or_0)
+    add("save_best", "keep the model with the lowest validation loss in log_dir/best", action=switch)
+    resume_help = "continue the run in --log_dir, with its flags, or start it if there is none"
+    group.add_argument("--resume", action="store_true", help=resume_help)
+    add("wandb", "also send the metrics to this project of Weights & Biases", metavar="PROJECT")
+    device_help = "auto, cpu, cuda, cuda:1, mps, ... (default: auto, one GPU per process)"
+    group.add_argument("--device", default="auto", help=device_help)
+    dtype_help = "precision of matmuls (default: bfloat16 where it is fast)"
+    add("dtype", dtype_help, choices=[*DTYPES])
+    add("compile", "use torch.compile (default: on GPUs only)", action=switch)
+    parser.set_defaults(fingerprint=None)  # of the data, saved with the flags
+    return parser.parse_args()
 
 
 # ---------------------------------------------------------------------------------------- setup
-# --- copied block: run_script ---
-def run_script(main):
-    """Call main() with output that suits terminals, pipes and files.
+class Process(NamedTuple):
+    """This process among those that torchrun started."""
 
-    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the
-    program that reads the output has ended, as in "| head", the script ends silently. Any other
-    OSError, for example a full disk, is reported in one line.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the shell, as in ">&-"
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (stays open)
-        elif hasattr(stream, "reconfigure"):  # Jupyter's streams have no such method
-            stream.reconfigure(errors="replace", line_buffering=True)
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os._exit(0)  # a normal exit would write to the closed pipe again
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        os._exit(1)  # a normal exit would try to flush stdout again
+    rank: int
+    world_size: int
+    device: torch.device
+    torchrun_pid: int | None
 
 
-# --- end of copied block: run_script ---
 # --- copied block: pick_device ---
 def pick_device(name):
-    """Return the torch.device with this name.
-
-    "auto" is the accelerator if there is one, otherwise the CPU. Exits with an error if the device
-    is not available.
-    """
+    """Return the torch.device with this name. "auto" is the accelerator if there is one."""
     if name == "auto":
         device = torch.accelerator.current_accelerator(check_available=True)
-        if device is None and shutil.which("nvidia-smi"):  # the NVIDIA driver is installed
-            print(
-                "warning: PyTorch cannot use this machine's NVIDIA GPU, so the CPU is used. "
-                "The README says which driver PyTorch needs.",
-                file=sys.stderr,
-            )
         return device or torch.device("cpu")
-    try:
-        probe = torch.zeros(1, device=name)
-        probe.item()  # fails on the device "meta", which has no memory
-        return probe.device
-    except (AssertionError, ImportError, NotImplementedError, RuntimeError):
-        # unknown names, missing drivers and missing back ends raise different errors
-        fail(f"--device {name} is not available here: omit it, or use --device cpu")
+    with explain(f"--device {name} is not available here", "omit it, or use --device cpu"):
+        return torch.zeros(1, device=name).device
 
 
 # --- end of copied block: pick_device ---
-def init_distributed(device_name):
-    """Join the process group that torchrun prepared, if any. Returns (rank, world_size, device)."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+def init_process(device_name):
+    """Join the process group that torchrun prepared, if any. Returns a Process."""
+    torchrun_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    if device_name == "auto" and not torch.cuda.is_available() and shutil.which("nvidia-smi"):
+        problem = "PyTorch cannot use this machine's NVIDIA driver"
+        problem += ": see the section Requirements of the README, or use --device cpu"
+        if world_size > 1:
+            fail(problem)
+        warn(problem)
     if world_size == 1:
-        return 0, 1, pick_device(device_name)
-    # torchrun tells each process which one it is
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            fail(f"WORLD_SIZE is {world_size}, but {name} is not set: use torchrun, or unset WORLD_SIZE")
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    # one process per GPU
-    is_cuda = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
+        return Process(0, 1, pick_device(device_name), torchrun_pid)
+    # torchrun tells each process which one it is, and each takes one GPU
+    rank = int(os.environ["RANK"])
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # on this machine
-    if is_cuda and num_processes > torch.cuda.device_count():
-        fail(
-            f"--nproc_per_node starts {num_processes} processes, but PyTorch can use {torch.cuda.device_count()} GPUs "
-            "here: use a smaller --nproc_per_node, or --device cpu"
-        )
-    if is_cuda:
-        device = torch.device("cuda", local_rank)
+    num_gpus = torch.cuda.device_count()
+    if device_name == "cpu" or (device_name == "auto" and num_gpus == 0):
+        device, backend = torch.device("cpu"), "gloo"
+    elif num_processes <= num_gpus:
+        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
         torch.cuda.set_device(device)
     else:
-        device = pick_device(device_name)
-    if device.type not in ("cpu", "cuda"):
-        fail(f"--device {device.type} cannot be shared by {world_size} processes: start one, or use --device cpu")
+        problem = f"{num_processes} processes need as many GPUs, but there are {num_gpus}"
+        fail(f"{problem}: use a smaller --nproc_per_node, or --device cpu")
+    # The other ranks wait while rank 0 saves a checkpoint, which takes minutes for a large model on
+    # a slow disk. The price of the long timeout: if a rank hangs without crashing, the others
+    # notice it after an hour.
+    timeout = timedelta(hours=1)
     # The processes find each other through a key-value store in torchrun. After a restart on one
     # machine, it still holds the addresses of the dead processes, which a prefix hides. On several
     # machines, an environment variable does (docs/reliability.md).
     store = None
-    is_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
-    if is_one_machine:
-        store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    # The other ranks wait while rank 0 saves a checkpoint, which takes minutes for a large model on
-    # a slow disk. The price of the long timeout: if a rank hangs without crashing, the others
-    # notice it after an hour.
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=1))
-    return rank, world_size, device
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return Process(rank, world_size, device, torchrun_pid)
 
 
 def on_rank_0(function, *args):
-    """Call function(*args) on rank 0 and return its result on every rank.
-
-    Its errors end every rank.
-    """
-    # call it on rank 0
-    result, error = None, None
+    """Call function(*args) on rank 0. Every rank returns its result, or raises its UserError."""
+    outcome = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            result = function(*args)
-        except (OSError, ValueError, UserError) as caught:
-            error = str(caught)
-    # tell the other ranks
+            outcome[0] = function(*args)
+        except UserError as error:
+            outcome[1] = str(error)
     if dist.is_initialized():
-        result_and_error = [result, error]
-        dist.broadcast_object_list(result_and_error)
-        result, error = result_and_error
-    if error is not None:
+        dist.broadcast_object_list(outcome)
+    result, error = outcome
+    if error:
         raise UserError(error)
     return result
 
 
-def any_rank(condition, device, world_size):
-    """Return whether the condition holds on any rank."""
-    if world_size == 1:
-        return bool(condition)
-    count = torch.tensor(float(bool(condition)), device=device)
-    dist.all_reduce(count)
-    return count.item() > 0
+def sum_over_ranks(tensor):
+    """Add a tensor over all ranks, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
-def open_run_directory(run_directory, args):
-    """Lock the run directory and return the checkpoint to resume from, or None. Called on rank 0.
+def open_data(args):
+    """Return (description of the data set, training data, validation data). Sets args.fingerprint.
 
-    Sets later checkpoints aside if --resume goes back to an earlier one. Raises UserError.
+    A resumed run must have the same data as before.
     """
-    run_directory.acquire()
-    checkpoint = choose_checkpoint(run_directory, args)
-    if checkpoint and goes_back(args, run_directory.checkpoints()):
-        # check the flags before renaming: a refused command must not change the directory
-        check_same_settings(checkpoint, load_trainer_state(checkpoint), args)
-        run_directory.set_aside_after(step_of(checkpoint))
-    return checkpoint
+    meta = on_rank_0(read_data_set, args.data_dir)
+    if args.fingerprint not in (None, meta["fingerprint"]) and not args.eval_only:
+        problem = f"the data in --data_dir {args.data_dir} is {meta['fingerprint']}, but the run"
+        fail(f"{problem} has {args.fingerprint}: use the same data, or another --log_dir")
+    args.fingerprint = meta["fingerprint"]
+    train_data = TokenDataset(args.data_dir, "train", meta, args.block_size, args.seed, args.shuffle)
+    val_data = TokenDataset(args.data_dir, "val", meta, args.block_size, args.seed, shuffle=False)
+    return meta, train_data, val_data
 
 
-def open_hellaswag(args, data_set):
-    """Return (HellaSwag arrays or None, note for the header or None). Called on rank 0."""
-    if args.hellaswag_interval == 0:
-        return None, None
-    if data_set["tokenizer"] != "gpt2":
-        return None, "no HellaSwag: it needs GPT-2's tokenizer"
-    try:
-        return load_hellaswag(HELLASWAG_PATH, args.block_size), None
-    except ValueError as error:
-        return None, f"no HellaSwag: {error}"
-
-
-def check_batch_size(args, world_size):
-    """Exit unless the tokens of a step can be divided evenly among processes and micro-batches."""
-    sequences = args.micro_batch_size or 1
-    tokens = sequences * args.block_size * world_size
-    if args.total_batch_size % tokens:
-        fail(
-            f"--total_batch_size {args.total_batch_size} is not divisible by {tokens} = "
-            f"--micro_batch_size {sequences} * --block_size {args.block_size} * {world_size} processes: "
-            "change one of them"
-        )
-
-
-def default_dtype(device, n_embd):
-    """Return (fastest dtype for a model of this width on this device, reason)."""
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16", "the GPU supports it"
-        return "float16", "the GPU does not support bfloat16"
-    if device.type != "cpu":
-        return "float32", "the safe choice on this device"
-    capabilities = torch.cpu.get_capabilities()
-    if not (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")):
-        return "float32", "the CPU has no fast bfloat16 matmuls"
-    if n_embd < 256:
-        return "float32", "conversions would cost a small model more than bfloat16 matmuls gain"
-    return "bfloat16", "the CPU has fast bfloat16 matmuls"
-
-
-def init_precision(args, trainer_state, device):
-    """Set args.dtype, and return (autocast context, gradient scaler, note for the header).
-
-    Matmuls and attention run in args.dtype. Weights, gradients, optimizer state and the loss stay
-    in float32: a small update would vanish in a bfloat16 weight, which has only 8 significant bits.
-    The dtype belongs to the run: a resumed run keeps it, on any device, unless --dtype says
-    otherwise.
-    """
-    # choose the dtype: the flag, the resumed run's, or the device's best
-    saved_dtype = trainer_state["args"].get("dtype") if trainer_state else None
-    reason = "chosen with --dtype"
-    if args.dtype is None and saved_dtype in DTYPES:
-        args.dtype = saved_dtype
-        reason = "the run was started with it"
-    elif args.dtype is None:
-        args.dtype, reason = default_dtype(device, args.n_embd)
-    elif saved_dtype not in (None, args.dtype) and os.environ.get("RANK", "0") == "0":
-        warn(
-            f"resuming a {saved_dtype} run in {args.dtype}: the result will differ slightly from an uninterrupted "
-            f"{saved_dtype} run"
-        )
-    # float32 matmuls use TF32 on GPUs that have it: 8 exponent bits as in float32, 10 mantissa bits
-    torch.set_float32_matmul_precision("high")
-    autocast = nullcontext()
-    if args.dtype != "float32":
-        autocast = torch.autocast(device.type, DTYPES[args.dtype])
-    # float16 gradients underflow unless the loss is scaled up. For other dtypes the scaler does
-    # nothing.
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
-    return autocast, scaler, f"dtype {args.dtype}: {reason}"
-
-
-def init_model(args, data_set, checkpoint, device):
-    """Return (model, trainer state): from the checkpoint, from --init_from, or new.
-
-    Also sets the flags of the model's shape if the model comes from a file. Raises UserError.
-    """
+def init_model(args, tokenizer, checkpoint):
+    """Return the model: from the checkpoint, from --init_from, or with random weights."""
+    torch.manual_seed(args.seed)  # the same on all ranks: they start from the same weights
     source = checkpoint or args.init_from
-    # a new model with random weights
     if source is None:
         config = GPTConfig(
-            vocab_size=data_set["vocab_size"],
+            vocab_size=VOCAB_SIZES[tokenizer],
             block_size=args.block_size,
             n_layer=args.n_layer,
             n_head=args.n_head,
             n_embd=args.n_embd,
             dropout=args.dropout,
-            tokenizer=data_set["tokenizer"],
+            tokenizer=tokenizer,
         )
-        return GPT(config).to(device), None
-    # a model from a file, which must fit the data and, if the run is resumed, the flags
-    trainer_state = None
-    if checkpoint:
-        trainer_state = load_trainer_state(checkpoint)
-        check_same_settings(checkpoint, trainer_state, args)
-    try:
-        model = GPT.from_pretrained(source, args.block_size, args.dropout)
-    except ValueError as error:
-        raise UserError(f"cannot start from {source}: {error}") from None
-    if model.config.tokenizer != data_set["tokenizer"]:
-        raise UserError(
-            f"{source} uses the tokenizer {model.config.tokenizer}, but the shards in {args.data_dir} use "
-            f"{data_set['tokenizer']}: regenerate the shards with --tokenizer {model.config.tokenizer}"
-        )
-    for name in SHAPE_FLAGS:
-        setattr(args, name, getattr(model.config, name))
-    return model.to(device), trainer_state
+        return GPT(config)
+    model = GPT.from_pretrained(source, args.block_size, args.dropout)
+    if model.config.tokenizer != tokenizer:
+        expected = model.config.tokenizer
+        problem = f"{source} uses the tokenizer {expected}, but the shards in {args.data_dir}"
+        fail(f"{problem} use {tokenizer}: regenerate them with --tokenizer {expected}")
+    if not checkpoint and not args.eval_only:
+        with suppress(OSError, ValueError, KeyError):  # a model from elsewhere has no run.json
+            run = json.loads(Path(find_pretrained(source), "..", "run.json").read_text())
+            if (run["seed"], run["fingerprint"]) == (args.seed, args.fingerprint):
+                problem = f"{source} was trained on the same data in the same order"
+                warn(f"{problem}: pass another --seed than {args.seed}")
+    return model
 
 
-def init_optimizers(model, trainer_state, scaler, args, device, rank, world_size):
-    """Return (optimizers, first step), new or as the checkpoint has them."""
-    if trainer_state is None:
-        optimizers = configure_optimizers(
-            model, args.optimizer, args.learning_rate, args.weight_decay, device, rank, world_size
-        )
-        return optimizers, 0
-    optimizers = load_optimizers(model, trainer_state, device, rank, world_size)
-    if scaler.is_enabled() and trainer_state["scaler"]:  # empty if the run did not use float16 before
-        scaler.load_state_dict(trainer_state["scaler"])
-    return optimizers, trainer_state["step"]
+def default_dtype(device, n_embd):
+    """Return the fastest dtype for a model of this width on this device."""
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if has_bfloat16 else "float16"
+    if device.type == "cpu" and n_embd >= 256:  # a small model loses more by conversions than it gains
+        capabilities = torch.cpu.get_capabilities()
+        if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
+            return "bfloat16"
+    return "float32"
 
 
-def set_micro_batch_size(model, trainer_state, args, device, autocast, world_size):
-    """Set args.micro_batch_size if it is None, and return grad_accum_steps, the micro-steps per step.
+def init_precision(dtype, device):
+    """Return (autocast context, gradient scaler) for a dtype.
 
-    Raises UserError if not even one sequence fits on the GPU.
+    Matmuls and attention run in dtype. Weights, gradients, optimizer state and the loss stay in
+    float32: a small update would vanish in a bfloat16 weight, which has only 8 significant bits.
     """
-    num_windows = args.total_batch_size // args.block_size // world_size  # per step and rank
-    if args.micro_batch_size is None and device.type == "cuda":
-        limit = math.gcd(num_windows, 64)  # the largest power of two, up to 64, that divides num_windows
-        size = find_micro_batch_size(model, limit, device, autocast, trainer_state is not None)
-        size = torch.tensor(size, device=device)
-        if world_size > 1:
-            dist.all_reduce(size, op=dist.ReduceOp.MIN)  # the GPUs may have different amounts of free memory
-        args.micro_batch_size = size.item()
-        if args.micro_batch_size == 0:
-            raise UserError(
-                f"one sequence of --block_size {args.block_size} does not fit into the memory of {device}: "
-                "use a smaller --block_size or model"
-            )
+    # float32 matmuls use TF32 on GPUs that have it: 8 exponent bits as in float32, 10 mantissa bits
+    torch.set_float32_matmul_precision("high")
+    autocast = nullcontext()
+    if dtype != "float32":
+        autocast = torch.autocast(device.type, DTYPES[dtype])
+    # float16 gradients underflow unless the loss is scaled up; other dtypes do not need it
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+
+
+def choose_micro_batch_size(model, args, process, autocast):
+    """Return (micro_batch_size, grad_accum_steps), the micro-steps per step."""
+    size = args.micro_batch_size or 1
+    tokens = size * args.block_size * process.world_size
+    if args.total_batch_size % tokens:
+        fail(
+            f"--total_batch_size {args.total_batch_size} is not divisible by {tokens} = "
+            f"--micro_batch_size {size} * --block_size {args.block_size} * {process.world_size} "
+            "processes: change one of them"
+        )
+    num_windows = args.total_batch_size // args.block_size // process.world_size  # per step and rank
+    if args.micro_batch_size is None and process.device.type == "cuda":
+        # try 2, 4, 8, ... sequences, up to 64, that divide num_windows
+        while size < math.gcd(num_windows, 64) and fits_on_gpu(model, 2 * size, process, autocast):
+            size = 2 * size
     elif args.micro_batch_size is None:
         limit = 16 if args.block_size < 256 else 4  # larger ones do not fit into the caches of a CPU
-        args.micro_batch_size = math.gcd(num_windows, limit)
-    return num_windows // args.micro_batch_size
+        size = math.gcd(num_windows, limit)
+    return size, num_windows // size
 
 
-def find_micro_batch_size(model, limit, device, autocast, has_optimizer_state):
-    """Return how many sequences fit into a micro-batch on the GPU: a power of two up to limit.
+def fits_on_gpu(model, size, process, autocast):
+    """Return whether a micro-batch of size sequences fits on the GPU of every rank.
 
-    Returns 0 if not even one fits. Each trial runs the forward and the backward pass of the
-    uncompiled model. 10% of the available memory stays free. Memory that other programs use does
-    not count as available.
+    Runs the forward and the backward pass of the uncompiled model. 10% of the memory that other
+    programs have left stays free.
     """
-    # A new run allocates AdamW's two float32 averages in its first step, 8 bytes per parameter. A
-    # resumed run has them already.
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    optimizer_bytes = 0 if has_optimizer_state else 8 * num_parameters
+    device = process.device
     free, _ = torch.cuda.mem_get_info(device)
-    available = free + torch.cuda.memory_reserved(device)  # this process can use what it has reserved
-    # try 1, 2, 4, ... sequences
-    best, size = 0, 1
-    while size <= limit:
-        idx = torch.zeros(size, model.config.block_size, dtype=torch.long, device=device)
-        torch.cuda.reset_peak_memory_stats(device)
-        try:
-            with autocast:
-                _, loss = model(idx, idx)
-            loss.backward()
-        except torch.OutOfMemoryError:
-            break
-        if torch.cuda.max_memory_allocated(device) + optimizer_bytes > 0.9 * available:
-            break
-        best = size
-        size = 2 * size
-    # free the gradients and the memory of the trials
-    model.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
-    return best
-
-
-def compile_error(device):
-    """Return None if torch.compile works on this device, otherwise the reason."""
+    # the optimizers do not exist yet: AdamW keeps two float32 averages, 8 bytes per parameter
+    limit = 0.9 * (free + torch.cuda.memory_allocated(device)) - 8 * model.num_params
+    torch.cuda.reset_peak_memory_stats(device)
+    idx = torch.zeros(size, model.config.block_size, dtype=torch.long, device=device)
     try:
-        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
-    except Exception as error:  # a missing C++ compiler or Triton can raise almost any type of error
-        return str(error).partition("\n\n")[0]
-    return None
+        with autocast:
+            _, loss = model(idx, idx)
+        loss.backward()
+        fits = torch.cuda.max_memory_allocated(device) <= limit
+    except torch.OutOfMemoryError:
+        fits = False
+    model.zero_grad()
+    torch.cuda.empty_cache()  # others need memory too, such as NCCL
+    count = torch.tensor(float(fits), device=device)
+    return sum_over_ranks(count).item() == process.world_size
 
 
-def wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps):
-    """Return (model for training, model for validation, note for the header or None).
+def wrap_model(model, args, process, autocast, micro_batch_size, grad_accum_steps):
+    """Return (training_model, compiled_model), which share the weights of model.
 
-    All share raw_model's weights. raw_model itself is used where lengths vary, because compiled
-    code is made for one shape.
+    training_model averages gradients over the ranks; compiled_model is for validation. model itself
+    is used where lengths vary, because compiled code is made for one shape.
     """
-    # torch.compile needs a C++ compiler or Triton; without them, the model runs uncompiled
-    note = None
-    if args.compile is None:
-        args.compile = device.type == "cuda"
-    if args.compile:
-        error = compile_error(device)
-        if error:
-            args.compile = False
-            note = f"no torch.compile: {error}"
-    compiled_model = raw_model
-    if args.compile:
-        compiled_model = torch.compile(raw_model)
-    if world_size == 1:
-        return compiled_model, compiled_model, note
-    # DistributedDataParallel (DDP) averages the gradients over the ranks during the backward pass
-    ddp_options = {
-        "broadcast_buffers": False,  # the only buffer is constant
-        "gradient_as_bucket_view": True,  # gradients are stored in the buckets that are all-reduced
-    }
-    # PyTorch 2.13 prefers forward_sync_buffers, which 2.11 does not have
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    if args.compile and grad_accum_steps == 1:
-        # torch.compile around DDP splits the backward pass at DDP's buckets, so that the all-reduce
-        # of one part overlaps with the computation of the next. The parts together run slower than
-        # one graph, so this is worthwhile only if every backward pass communicates.
-        model = torch.compile(DDP(raw_model, **ddp_options))
-    else:
-        model = DDP(compiled_model, **ddp_options)
-    warm_up_ddp(model, raw_model, args, device, autocast)
-    return model, compiled_model, note
-
-
-def warm_up_ddp(model, raw_model, args, device, autocast):
-    """Run one backward pass and drop its gradients.
-
-    DDP regroups its gradient buckets after its first backward pass, which changes the order of
-    summation. Without this pass, the first step of a resumed run would differ in the last bit from
-    the same step of an uninterrupted run.
-    """
-    # Views as in load_batch: for tensors with another layout, torch.compile would compile another
-    # graph.
-    windows = torch.zeros(args.micro_batch_size, args.block_size + 1, dtype=torch.long, device=device)
-    model.train()
+    compiled_model = model
+    if args.compile or (args.compile is None and process.device.type == "cuda"):
+        # a missing C++ compiler or Triton can raise almost any type of error
+        with explain("torch.compile does not work here", "pass --no-compile"):
+            torch.compile(lambda x: x + 1)(torch.ones(1, device=process.device))
+        compiled_model = torch.compile(model)
+    if process.world_size == 1:
+        return compiled_model, compiled_model
+    # DistributedDataParallel (DDP) averages the gradients over the ranks during the backward pass.
+    # torch.compile can split the model at DDP's buckets of gradients, so that the all-reduce of one
+    # bucket overlaps with the computation of the next. The parts run slower than one graph, so this
+    # is worthwhile only if every backward pass communicates.
+    torch._dynamo.config.optimize_ddp = grad_accum_steps == 1
+    # Gradients are stored in the buckets that are all-reduced, not copied to them.
+    training_model = DDP(compiled_model, gradient_as_bucket_view=True)
+    # DDP regroups its gradients after its first backward pass, which changes the order of
+    # summation. Without this pass, the first step of a resumed run would differ in the last bit
+    # from the same step of an uninterrupted run.
+    windows = torch.zeros(micro_batch_size, args.block_size + 1, dtype=torch.long, device=process.device)
+    training_model.train()
     with autocast:
-        _, loss = model(windows[:, :-1], windows[:, 1:])
+        _, loss = training_model(windows[:, :-1], windows[:, 1:])  # views, as in load_batch
     loss.backward()
-    raw_model.zero_grad(set_to_none=False)
+    model.zero_grad(set_to_none=False)
+    return training_model, compiled_model
+
+
+# Peak FLOP/s of dense bfloat16 matmuls according to NVIDIA's data sheets, by the GPU's name
+PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 5090": 209.5e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+
+
+def print_header(args, model, train_data, val_data, process, micro_batch_size, grad_accum_steps):
+    """Print what is about to run, with every setting resolved."""
+    device_name = process.device.type
+    if process.device.type == "cuda":
+        device_name = torch.cuda.get_device_name(process.device)
+    say("settings: " + " ".join(f"{name}={value!r}" for name, value in vars(args).items()))
+    say(f"torch {torch.__version__}, {process.world_size} x {device_name}, {model.num_params:,} parameters")
+    say(f"train: {train_data.num_windows:,} windows in {len(train_data.paths)} shards, val: {val_data.num_windows:,}")
+    say(
+        f"{args.total_batch_size:,} tokens per step = {grad_accum_steps} micro-steps x {process.world_size} "
+        f"processes x {micro_batch_size} sequences x {args.block_size} tokens"
+    )
 
 
 def average_over_ranks(loss, norm, stop_requested, world_size):
-    """Return (mean loss, gradient norm, whether any rank wants to stop) over all ranks.
+    """Return (mean loss, gradient norm, whether any rank was asked to stop) over all ranks.
 
-    All three share one all-reduce and one copy to the CPU, because each copy makes the CPU wait for
-    the GPU. It is the only wait in a step, except that float16 also waits in update_parameters.
+    All three share one copy to the CPU, because each copy makes the CPU wait for the GPU.
     """
     values = torch.stack((loss, norm, torch.full_like(loss, stop_requested))) / world_size
     if world_size > 1:
@@ -2310,373 +1761,212 @@ def average_over_ranks(loss, norm, stop_requested, world_size):
     return mean_loss, mean_norm, stopping > 0
 
 
-def open_tokenizer(name):
-    """Return (tokenizer for the samples or None, note for the header or None)."""
-    try:
-        return get_tokenizer(name), None
-    except ValueError as error:
-        return None, f"no samples: {error}"
+def fail_at_bad_step(step, loss, norm, device):
+    """Report a loss or gradient norm that is NaN or infinite. Nothing of this step is saved."""
+    advice = "start a new run from the newest checkpoint with --init_from and a lower --learning_rate"
+    if math.isfinite(loss) and device.type == "cuda":
+        # Some versions of cuDNN have an attention whose backward pass overflows. Compiled code must
+        # not come from the cache, which does not notice that another kernel was chosen.
+        variables = "TORCH_CUDNN_SDPA_DEPRIORITIZED=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
+        advice = f"try --resume with {variables} in the environment, or {advice}"
+    fail(f"step {step}: the loss is {loss} and the gradient norm {norm}: {advice}")
 
 
-def attention_backend(device, dtype):
-    """Return the name of the attention kernel that PyTorch chooses, such as "Cudnn" or "Flash".
+def mfu(model, tokens_per_second, process):
+    """Return the model FLOPs utilization, or None if the peak of the device is not known.
 
-    Tries it with 128 tokens and heads of 64 channels, without dropout. For other shapes, PyTorch
-    may choose another kernel.
+    A token takes 6 FLOPs per parameter, forward and backward, and 12 * n_layer * n_embd *
+    block_size for attention (PaLM, 2022, appendix B). As usual, the half of attention that the
+    causal mask makes unnecessary is counted too.
     """
-    q = torch.ones(1, 1, 128, 64, device=device, dtype=DTYPES[dtype], requires_grad=True)
-    y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    # the function of the backward pass is named after the kernel
-    match = re.match(r"ScaledDotProduct(.+)Attention", y.grad_fn.name())
-    return match[1] if match else "Math"
-
-
-# Peak FLOP/s of dense matmuls according to NVIDIA's data sheets. The columns are:
-# 1) a part of the GPU's name (the first row that fits counts)
-# 2) the peak in bfloat16 or float16, with float32 accumulation
-# 3) the peak in TF32, or in float32 on GPUs without TF32
-PEAK_FLOPS = (
-    ("B200", 2250e12, 1125e12),
-    ("H200 NVL", 835e12, 417e12),
-    ("H200", 989e12, 494e12),
-    ("H100 NVL", 835e12, 417e12),
-    ("H100 PCIe", 756e12, 378e12),
-    ("H100", 989e12, 494e12),
-    ("A100", 312e12, 156e12),
-    ("L40S", 362e12, 183e12),
-    ("L4", 121e12, 60e12),
-    ("T4", 65e12, 8.1e12),
-    ("V100-PCIE", 112e12, 14e12),
-    ("V100", 125e12, 15.7e12),
-    ("RTX 5090", 209.5e12, 104.8e12),
-    ("RTX 4090", 165.2e12, 82.6e12),
-    ("RTX 3090", 71e12, 35.6e12),
-)
-
-
-def peak_flops(device, dtype, world_size):
-    """Return the peak FLOP/s of world_size GPUs of this kind, or None if it is not known."""
-    if device.type != "cuda":
+    is_cuda = process.device.type == "cuda"
+    name = torch.cuda.get_device_name(process.device) if is_cuda else None
+    if name not in PEAK_FLOPS:
         return None
-    gpu_name = torch.cuda.get_device_name(device)
-    # The names of laptop GPUs, of the RTX 4090 D and of the RTX 3090 Ti contain the name of another
-    # GPU, which has another peak.
-    if re.search(r"\b(Laptop|Ti|D)\b", gpu_name):
-        return None
-    for name, peak_16_bit, peak_32_bit in PEAK_FLOPS:
-        if re.search(rf"\b{name}\b", gpu_name):
-            if dtype == "float32":
-                return world_size * peak_32_bit
-            # these two do not have bfloat16
-            if dtype == "bfloat16" and name in ("T4", "V100-PCIE", "V100"):
-                return None
-            return world_size * peak_16_bit
-    return None
+    config = model.config
+    flops_per_token = 6 * model.num_params + 12 * config.n_layer * config.n_embd * config.block_size
+    return flops_per_token * tokens_per_second / (PEAK_FLOPS[name] * process.world_size)
 
 
-# ------------------------------------------------------------------------------------- reporting
-class Reporter:
-    """Prints the progress of a run and writes it to log.txt. Does nothing on ranks other than 0."""
-
-    def __init__(self, run_directory, model, args, device, rank, world_size):
-        self.run_directory = run_directory
-        self.args = args
-        self.device = device
-        self.num_params = model.num_params
-        self.is_silent = rank != 0
-        # FLOPs per token, forward and backward (PaLM, 2022, appendix B): 6 per parameter, and 12 *
-        # n_layer * n_embd * block_size for attention. As usual, the half of attention that the
-        # causal mask makes unnecessary is counted too.
-        self.flops_per_token = 6 * model.num_params + 12 * args.n_layer * args.n_embd * args.block_size
-        self.peak_flops = peak_flops(device, args.dtype, world_size)
-        self.first_step = None
-        self.first_step_end = None  # time when it ended
-        self.skipped_steps = 0
-
-    def header(self, train_data, val_data, world_size, grad_accum_steps, checkpoint, notes):
-        """Print what is about to run, with every setting resolved.
-
-        Notes that are None are left out.
-        """
-        if self.is_silent:
-            return
-        args = self.args
-        device_name = self.device.type
-        if self.device.type == "cuda":
-            device_name = torch.cuda.get_device_name(self.device)
-        say(
-            "settings: " + " ".join(f"{name}={value}" for name, value in vars(args).items()),
-            f"torch {torch.__version__}, {world_size} x {device_name}, {torch.get_num_threads()} CPU threads each",
-            f"train: {train_data.num_windows:,} windows in {len(train_data.paths)} shards, "
-            f"val: {val_data.num_windows:,} windows",
-            f"{self.num_params:,} parameters",
-            f"{args.total_batch_size:,} tokens per step = {grad_accum_steps} micro-steps x {world_size} processes x "
-            f"{args.micro_batch_size} sequences x {args.block_size} tokens",
-            f"attention kernel: {attention_backend(self.device, args.dtype)}",
-            *[note for note in notes if note],
-        )
-        if checkpoint:
-            say(f"resuming at step {step_of(checkpoint)} from {checkpoint}")
-
-    def validation(self, step, val_loss, samples):
-        """Report the validation loss and the samples."""
-        if self.is_silent:
-            return
-        self.run_directory.log(step, {"val": f"{val_loss:.4f}"})
-        say(f"step {step:5d} | val loss: {val_loss:.4f}")
-        for sample in samples:
-            say("> " + sample.replace("\n", "\n> "))
-
-    def hellaswag(self, step, accuracy):
-        """Report the HellaSwag accuracy."""
-        if self.is_silent:
-            return
-        self.run_directory.log(step, {"hella": f"{accuracy:.4f}"})
-        say(f"step {step:5d} | HellaSwag acc_norm: {accuracy:.4f}")
-
-    def step(self, step, loss, lr, norm, dt):
-        """Report an optimizer step of dt seconds: in log.txt, and on the screen if it is due."""
-        if self.is_silent:
-            return
-        if not math.isfinite(norm):  # a gradient overflowed in float16, and no parameter moved
-            self.skipped_steps += 1
-            self.run_directory.log(step, {"skipped": self.skipped_steps})
-        tokens_per_second = self.args.total_batch_size / dt
-        metrics = {
-            "train": f"{loss:.6f}",
-            "lr": f"{lr:.4e}",
-            "norm": f"{norm:.4f}",
-            "tok/s": f"{tokens_per_second:.1f}",
-        }
-        self.run_directory.log(step, metrics)
-        time_left = self.time_left(step, dt)  # call it in every step: it remembers when the first one ended
-        if step % self.args.log_interval:
-            return
-        mfu = ""  # model FLOPs utilization, the fraction of the GPUs' peak that is used
-        if self.peak_flops is not None:
-            mfu = f" | mfu: {100 * self.flops_per_token * tokens_per_second / self.peak_flops:.1f}%"
+def report_step(run_directory, model, args, process, step, loss, lr, norm, dt):
+    """Report an optimizer step of dt seconds: in log.txt, and on the screen if it is due."""
+    speed = args.total_batch_size / dt
+    metrics = {"train": f"{loss:.6f}", "lr": f"{lr:.4e}", "norm": f"{norm:.4f}"}
+    metrics["tok/s"] = f"{speed:.1f}"
+    if not math.isfinite(norm):  # a gradient overflowed in float16, and no parameter has moved
+        metrics["skipped"] = 1
+    run_directory.log(step, **metrics)
+    if step % args.log_interval == 0:
+        utilization = mfu(model, speed, process)
+        utilization = f" | mfu: {utilization:.1%}" if utilization else ""
+        eta = timedelta(seconds=int(dt * (args.max_steps - step - 1)))  # without evaluations
         say(
             f"step {step:5d} | loss: {loss:.3f} | lr {lr:.1e} | norm: {norm:.3g} | dt: {1000 * dt:.1f}ms | "
-            f"tok/s: {tokens_per_second:.1f}{mfu} | eta {time_left}"
+            f"tok/s: {speed:.1f}{utilization} | eta {eta}"
         )
 
-    def time_left(self, step, dt):
-        """Estimate the time to the end of the run from the mean duration of the steps so far.
 
-        Evaluations and checkpoints count. The first step is left out as soon as there is a second
-        one, because it may include compilation. So the first estimate can be far too high.
-        """
-        now = time.monotonic()
-        seconds_per_step = dt
-        if self.first_step is None:
-            self.first_step, self.first_step_end = step, now
-        else:
-            seconds_per_step = (now - self.first_step_end) / (step - self.first_step)
-        return timedelta(seconds=int(seconds_per_step * (self.args.max_steps - step - 1)))
-
-
-def stop_at_bad_loss(step, loss, norm, loader, grad_accum_steps):
-    """Report a loss or gradient norm that is NaN or infinite, and exit with status 1.
-
-    loss is the loss of this rank, and norm is the gradient norm over all ranks. Rank 0 and every
-    rank with a bad loss print theirs, with their data. Nothing of this step is saved: the newest
-    checkpoint is from before it. torchrun cannot tell this exit from a crash. With --max-restarts,
-    it repeats the steps since that checkpoint, which will usually fail again.
-    """
-    if loader.rank == 0 or not math.isfinite(loss):
-        places = []
-        for micro_step in range(step * grad_accum_steps, (step + 1) * grad_accum_steps):
-            for index in loader.indices(micro_step):
-                shard, offset = loader.dataset.locate(index)
-                places.append((loader.dataset.paths[shard], offset))
-        report_error(
-            f"step {step}, rank {loader.rank}: loss {loss} on (shard, offset) {places}, norm over all ranks {norm}: "
-            "inspect the data of ranks whose loss is not finite, or start a new run from the newest checkpoint with "
-            "--init_from and a lower --learning_rate"
-        )
-    sys.exit(1)
-
-
-def finish(run_directory, step, stop, stopping, rank, world_size):
-    """Print why the run ends if it was stopped, and leave the process group.
-
-    Exits with status 1 if the last step could not be saved.
-    """
-    if rank == 0 and stopping:
-        reason = stop.reason or "a signal to another rank"
-        say(f"stopped by {reason} at step {step}: continue with --resume")
-    if world_size > 1:
-        dist.destroy_process_group()
-    if rank == 0 and run_directory.saved_step < step:
-        warn(f"the final checkpoint (step {step}) could not be saved: free some space and continue with --resume")
-        sys.exit(1)
+def report_validation(run_directory, model, enc, args, device, autocast, step, val_loss):
+    """Report a validation: in log.txt, as the best model, and with two samples on the screen."""
+    run_directory.log(step, val=f"{val_loss:.4f}")
+    say(f"step {step:5d} | val loss: {val_loss:.4f}")
+    if args.save_best:
+        run_directory.save_best(val_loss, model, args)
+    if enc and math.isfinite(val_loss):
+        print_samples(model, enc, args, device, autocast)
 
 
 # -------------------------------------------------------------------------------- training loop
 def main():
     """Train: in each step save and evaluate if due, compute gradients, update, and report."""
     args = parse_args()
-    parent = os.getppid()  # torchrun, if there is one: StopRequest watches whether it still runs
-    rank, world_size, device = init_distributed(args.device)
-    check_batch_size(args, world_size)
+    process = init_process(args.device)
+    rank, world_size, device, _ = process
 
-    # Rank 0 checks the data, locks the run directory and chooses a checkpoint; all ranks use its
+    # Rank 0 locks the run directory, chooses a checkpoint and checks the data; all ranks use its
     # results.
-    data_set = on_rank_0(read_data_set, args.data_dir)
-    args.data = data_set["fingerprint"]  # saved with the flags: a resumed run must have the same data
-    train_data = TokenDataset(args.data_dir, "train", data_set, args.block_size, args.seed, args.shuffle)
-    val_data = TokenDataset(args.data_dir, "val", data_set, args.block_size, args.seed, shuffle=False)
-    hellaswag, hellaswag_note = on_rank_0(open_hellaswag, args, data_set)
     run_directory = RunDirectory(args.log_dir)
-    checkpoint = on_rank_0(open_run_directory, run_directory, args)
+    checkpoint = on_rank_0(run_directory.open, args)
+    trainer_state = load_trainer_state(checkpoint) if checkpoint else None
+    resolve_flags(args, checkpoint, trainer_state)
+    meta, train_data, val_data = open_data(args)
+    hellaswag = on_rank_0(load_hellaswag, args, meta["tokenizer"])
 
     # The model and the optimizers, new or from the checkpoint, then torch.compile and DDP around
     # the model.
-    torch.manual_seed(args.seed)  # the same on all ranks: they start from the same weights
-    raw_model, trainer_state = init_model(args, data_set, checkpoint, device)
-    autocast, scaler, dtype_note = init_precision(args, trainer_state, device)
-    optimizers, start_step = init_optimizers(raw_model, trainer_state, scaler, args, device, rank, world_size)
-    grad_accum_steps = set_micro_batch_size(raw_model, trainer_state, args, device, autocast, world_size)
+    model = init_model(args, meta["tokenizer"], checkpoint).to(device)
+    args.dtype = args.dtype or default_dtype(device, args.n_embd)
+    autocast, scaler = init_precision(args.dtype, device)
+    if args.eval_only:
+        print_evaluations(model, val_data, hellaswag, args, process, autocast)
+        return
+    micro_batch_size, grad_accum_steps = choose_micro_batch_size(model, args, process, autocast)
+    optimizers = configure_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay, device)
+    start_step = restore_optimizers(trainer_state, optimizers, scaler) if checkpoint else 0
     del trainer_state  # has a copy of the optimizer state in the CPU's memory
-    model, eval_model, compile_note = wrap_model(raw_model, args, device, autocast, world_size, grad_accum_steps)
+    training_model, compiled_model = wrap_model(model, args, process, autocast, micro_batch_size, grad_accum_steps)
 
     # Rank 0 opens the log and prints what is about to run.
-    enc, samples_note = open_tokenizer(data_set["tokenizer"])
-    tokenizer_note = on_rank_0(run_directory.start, start_step, args, data_set)
-    reporter = Reporter(run_directory, raw_model, args, device, rank, world_size)
-    notes = [dtype_note, compile_note, samples_note, hellaswag_note, tokenizer_note]
-    reporter.header(train_data, val_data, world_size, grad_accum_steps, checkpoint, notes)
-    loader = BatchLoader(train_data, args.micro_batch_size, rank, world_size, device)
-    stop = StopRequest(args.max_hours, parent)
-    stopping = False  # becomes True on all ranks in the same step
-    evaluation_args = (args.micro_batch_size, rank, world_size, device, autocast, stop)  # of both evaluations
+    settings = {**vars(args), "tokenizer": meta["tokenizer"], "source": meta["source"]}
+    on_rank_0(run_directory.start, start_step, args, settings)
+    print_header(args, model, train_data, val_data, process, micro_batch_size, grad_accum_steps)
+    if checkpoint:
+        say(f"resuming at step {start_step} from {checkpoint}")
+    enc = load_tokenizer(meta["tokenizer"]) if rank == 0 else None
+    stop_request = StopRequest(process)
+    all_ranks_stop = False  # set in the same step on all ranks, if one of them was asked to stop
+    evaluation_args = (micro_batch_size, process, autocast, stop_request)  # of both evaluations
 
-    x, y = loader.load(start_step * grad_accum_steps)
+    x, y = load_micro_batch(train_data, start_step * grad_accum_steps, micro_batch_size, process)
     for step in range(start_step, args.max_steps + 1):
         last_step = step == args.max_steps
+        save_now = step % args.checkpoint_interval == 0 or last_step or all_ranks_stop
+        evaluate_now = (step % args.eval_interval == 0 or last_step) and not all_ranks_stop
 
         # At fixed intervals and at the end: save a checkpoint, then evaluate, which might fail.
-        if step % args.checkpoint_interval == 0 or last_step or stopping:
-            run_directory.save(step, raw_model, optimizers, scaler, args)
-        if not stopping and (step % args.eval_interval == 0 or last_step):
-            # Reading a truncated shard would kill the process. Checking now and then is cheap.
+        if save_now or evaluate_now:
             train_data.check_open_shards()
-            val_loss = evaluate(eval_model, raw_model, val_data, args.val_tokens, *evaluation_args)
-            stopping = any_rank(stop.reason, device, world_size)
-            if not stopping:  # otherwise the evaluation is incomplete, and the resumed run repeats it
-                samples = generate_samples(raw_model, enc, args, device, autocast, rank, val_loss)
-                reporter.validation(step, val_loss, samples)
-        if hellaswag and not stopping and (step % args.hellaswag_interval == 0 or last_step):
-            accuracy = evaluate_hellaswag(raw_model, hellaswag, *evaluation_args)
-            stopping = any_rank(stop.reason, device, world_size)
-            if not stopping:
-                reporter.hellaswag(step, accuracy)
-        if last_step or stopping:
+            val_data.check_open_shards()
+        if save_now:
+            run_directory.save(step, model, optimizers, scaler, args)
+        if evaluate_now:
+            val_loss = evaluate(compiled_model, model, val_data, args.val_tokens, *evaluation_args)
+            all_ranks_stop = val_loss is None  # incomplete: the resumed run repeats the evaluation
+            if not all_ranks_stop:
+                report_validation(run_directory, model, enc, args, device, autocast, step, val_loss)
+        if hellaswag and not all_ranks_stop and (step % args.hellaswag_interval == 0 or last_step):
+            accuracy = evaluate_hellaswag(model, hellaswag, *evaluation_args)
+            all_ranks_stop = accuracy is None
+            if not all_ranks_stop:
+                run_directory.log(step, hella=f"{accuracy:.4f}")
+                say(f"step {step:5d} | HellaSwag acc_norm: {accuracy:.4f}")
+        if last_step or all_ranks_stop:
             # an evaluation may have been stopped at a step that is not saved yet
-            run_directory.save(step, raw_model, optimizers, scaler, args)
+            run_directory.save(step, model, optimizers, scaler, args)
             break
 
         # one optimizer step: accumulate the gradients of grad_accum_steps micro-batches
         start = time.perf_counter()
-        model.train()
+        training_model.train()
         # Seed the dropout masks from the step, so that a resumed run draws the same ones.
         torch.manual_seed(args.seed + step * world_size + rank)
-        loss = torch.zeros((), device=device)  # stays on the device: reading it would wait for the computation
+        loss = torch.zeros((), device=device)  # reading it would wait for the computation
         for i in range(grad_accum_steps):
             # DDP averages the gradients over the ranks during a backward pass. Doing it once per
             # step, in the last backward pass, is enough. no_sync must also cover the forward pass,
             # which prepares it.
             gradient_sync = nullcontext()
             if world_size > 1 and i < grad_accum_steps - 1:
-                gradient_sync = model.no_sync()
+                gradient_sync = training_model.no_sync()
             with gradient_sync:
                 with autocast:
-                    _, micro_loss = model(x, y)
-                micro_loss = micro_loss / grad_accum_steps  # gradients add up: dividing makes their sum a mean
+                    _, micro_loss = training_model(x, y)
+                # gradients add up: dividing makes their sum a mean
+                micro_loss = micro_loss / grad_accum_steps
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-            x, y = loader.load(step * grad_accum_steps + i + 1)  # load the next batch while a GPU computes
+            # load the next batch while a GPU computes
+            next_micro_step = step * grad_accum_steps + i + 1
+            x, y = load_micro_batch(train_data, next_micro_step, micro_batch_size, process)
 
         # clip the gradients, which limits the effect of a bad batch, and update the parameters
-        norm = clip_gradients(raw_model, optimizers, scaler, args.grad_clip)
         lr = SCHEDULES[args.schedule](step, args.learning_rate, args.warmup_steps, args.max_steps)
-        update_parameters(optimizers, scaler, lr, norm)
+        norm = update_parameters(model, optimizers, scaler, lr, args.grad_clip)
         # DDP's gradients are views of its buckets, which must stay: they are filled with zeros
         # instead of freed.
-        raw_model.zero_grad(set_to_none=world_size == 1)
+        model.zero_grad(set_to_none=world_size == 1)
 
         # report the step; its loss is the mean over all micro-batches and ranks
-        mean_loss, mean_norm, stopping = average_over_ranks(loss, norm, stop.requested(), world_size)
+        stop_here = stop_request.requested()
+        mean_loss, mean_norm, all_ranks_stop = average_over_ranks(loss, norm, stop_here, world_size)
         dt = time.perf_counter() - start
         # a gradient may overflow in float16: update_parameters has skipped such a step
-        norm_is_bad = not math.isfinite(mean_norm) and not scaler.is_enabled()
-        if norm_is_bad or not math.isfinite(mean_loss):
-            stop_at_bad_loss(step, loss.item(), norm.item(), loader, grad_accum_steps)
-        reporter.step(step, mean_loss, lr, mean_norm, dt)
+        if not math.isfinite(mean_loss) or not (math.isfinite(mean_norm) or scaler.is_enabled()):
+            fail_at_bad_step(step, mean_loss, mean_norm, device)
+        report_step(run_directory, model, args, process, step, mean_loss, lr, mean_norm, dt)
 
-    # Free DDP, which has a reference to the process group, before finish() destroys the group.
-    # Otherwise gloo can deadlock.
-    del model
-    finish(run_directory, step, stop, stopping, rank, world_size)
+    if all_ranks_stop:
+        reason = stop_request.reason or "a signal to another rank"
+        say(f"stopped by {reason} at step {step}: continue with {resume_command(args, world_size)}")
+    # Free DDP, which has a reference to the process group, before the group. Otherwise gloo can
+    # deadlock.
+    del training_model
+    if world_size > 1:
+        dist.destroy_process_group()
+    run_directory.close(step)
 
 
-def run_rank():
-    """Call main() and end the process.
-
-    User errors and expected failures, such as a lost process or a full memory, print one line
-    instead of a traceback.
-    """
-    status = 1
+def run(main):
+    """Call main() and end the process. Expected failures print one line instead of a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until StopRequest, Ctrl-C ends the script at once
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace", line_buffering=True)
+    status, message = 0, None
     try:
         main()
-        status = 0
-    except SystemExit as error:
-        status = error.code
-    except UserError as error:  # it occurs on every rank, or at least on all ranks of a machine
+    except UserError as error:
         status = 2
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            report_error(error)
-    except DataError as error:  # it may occur on this rank only
-        status = 2
-        report_error(error)
+        # one rank of a machine reports what occurs on all of them
+        if isinstance(error, RankError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            message = " ".join(str(error).split())
     except Exception as error:
-        rank = os.environ.get("RANK")
-        if is_out_of_memory(error):
-            status = 2
-            report_error("out of memory: use a smaller --micro_batch_size or model (with --resume to continue)")
-        # NCCL raises DistError, and gloo a RuntimeError that contains its name
-        elif rank is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            # Two ranks report it, because rank 0 may be the one that has crashed.
-            if rank in ("0", "1"):
-                cause = str(error).partition(". ")[0]
-                report_error(f"rank {rank} lost contact with another rank ({cause}): continue with --resume")
-        elif isinstance(error, OSError):
-            report_error(error)
-        else:
+        status = 1
+        # PyTorch raises a RuntimeError if the CPU's memory is full, and gloo if it loses a rank
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            status, message = 2, "out of memory: use a smaller --micro_batch_size or model"
+        elif not isinstance(error, dist.DistError) and "gloo" not in str(error):
             traceback.print_exc()
-    if status != 0 or "RANK" in os.environ:
-        exit_process(status)
-
-
-def is_out_of_memory(error):
-    """Return whether an exception means that the GPU or the machine is out of memory."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(error)  # PyTorch's RuntimeError on a CPU
-
-
-def exit_process(status):
-    """Exit. Under torchrun, do it at once.
-
-    A normal exit could wait forever for a rank that has crashed, and a thread of gloo that is still
-    running could abort the process while Python shuts down.
-    """
-    if "RANK" not in os.environ:
-        sys.exit(status)
-    with suppress(OSError):  # the terminal may be closed
-        sys.stdout.flush()
-    os._exit(status)
+        elif os.environ["RANK"] in ("0", "1"):  # two report it, because rank 0 may have crashed
+            message = "lost contact with another rank: continue with --resume"
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    if "RANK" in os.environ:
+        # a normal exit could wait forever for a rank that has crashed
+        with suppress(OSError):  # the terminal may be closed
+            sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    run_script(run_rank)
+    run(main)
