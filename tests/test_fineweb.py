@@ -222,6 +222,15 @@ def test_tokens_equal_the_reference_for_any_number_of_workers(data, tmp_path):
         assert contents(directory) == data["files"]
 
 
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_a_shard_may_end_at_the_end_of_a_batch(data, tmp_path, extra):
+    """fineweb.py tokenizes 64 documents at once."""
+    shard_size = len(reference(data["texts"][:64])) + extra
+    flags = [*data["flags"], "--shard_size", shard_size, "--local_dir", tmp_path / "out"]
+    succeed(*flags)
+    assert read_shards(tmp_path / "out", shard_size) == reference(data["texts"])
+
+
 def test_gpt2_tokens_equal_encode_ordinary_up_to_the_limit(data, tmp_path, tiktoken_cache):
     enc = tiktoken.get_encoding("gpt2")
     expected = reference(data["texts"], enc.encode_ordinary, enc.eot_token)
