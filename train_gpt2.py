@@ -1141,6 +1141,7 @@ class RunDirectory:
             if os.path.isdir(self.best):  # its other files do not change
                 flush_to_disk(weights)
                 os.replace(weights, f"{self.best}/model.safetensors")
+                shutil.rmtree(self.tmp)
             else:
                 self.publish("best")
             self.best_loss = val_loss
