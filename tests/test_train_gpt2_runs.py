@@ -261,21 +261,25 @@ def test_muon_on_two_ranks_or_resumed_ends_where_one_process_does(byte_shards, t
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_every_rank_has_its_own_dropout(tmp_path, dropout):
-    """All windows of these data are equal, so that only dropout can make a difference."""
+def test_every_rank_and_step_has_its_own_dropout(tmp_path, dropout):
+    """All windows of these data are equal and the weights stay, so only dropout makes a difference."""
     tokens = np.tile(np.arange(16), 20)
     data_dir = write_data_set(tmp_path / "data", [tokens], [tokens])
 
-    def record(loss, rank):
-        (tmp_path / f"loss_{rank}").write_text(str(loss.item()))
-        return loss
-
     def before(rank):
-        at_loss(0, partial(record, rank=rank))(rank)
+        def record(loss):
+            with open(tmp_path / "losses", "a") as file:
+                file.write(f"{loss.item():.5f}\n")
+            return loss
 
-    train_on_ranks(2, data_dir, tmp_path / "log", before=before, micro_batch_size=4, dropout=dropout)
-    values = {(tmp_path / f"loss_{rank}").read_text() for rank in (0, 1)}
-    assert len(values) == (2 if dropout else 1)
+        for step in range(5):
+            at_loss(step, record)(rank)
+
+    changes = {"micro_batch_size": 4, "dropout": dropout, "learning_rate": 1e-12, "weight_decay": 0}
+    train_on_ranks(2, data_dir, tmp_path / "log", before=before, **changes)
+    values = (tmp_path / "losses").read_text().split()
+    assert len(values) == 2 * 5
+    assert len(set(values)) == (10 if dropout else 1)
 
 
 # --------------------------------------------------------------------------------- torch.compile
