@@ -147,8 +147,8 @@ def read_examples(path, tokenizer, limit=None):
             rows = file.read().rstrip().split("\n")
     examples = []
     for number, row in enumerate(rows[:limit], 1):
-        where = f"line {number} of {path}"
-        with explain(f"{where} is not a HellaSwag example", "correct it, or choose another --data"):
+        problem = f"line {number} of {path} is not a HellaSwag example"
+        with explain(problem, "correct it, or choose another --data"):
             examples.append(tokenize(row if is_parquet else json.loads(row), tokenizer))
     return examples
 
@@ -290,9 +290,11 @@ def score(model, examples):
     """
     # Put the examples into tensors (B, T), padded at the end. No other token attends to padding.
     device = model.wte.weight.device
-    columns = zip(*[pack(example, model.config["n_positions"]) for example in examples], strict=True)
+    n_positions = model.config["n_positions"]
+    rows = [pack(example, n_positions) for example in examples]
+    padding_values = (0, 0, PADDING, -1)
     padded = []
-    for column, value in zip(columns, (0, 0, PADDING, -1), strict=True):
+    for column, value in zip(zip(*rows, strict=True), padding_values, strict=True):
         padded.append(pad_sequence(column, batch_first=True, padding_value=value).to(device))
     tokens, positions, part, predictor = padded
 
@@ -600,10 +602,18 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}: see --help")  # one line, as all errors
     add = parser.add_argument
-    add("--model", default="log", help="directory of a model or a run, or name of a GPT-2 on the Hub (default: log)")
+    add(
+        "--model",
+        default="log",
+        help="directory of a model or a run, or name of a GPT-2 on the Hub (default: log)",
+    )
     add("--data", default=DATA_PATH, metavar="FILE", help="examples as parquet or JSON lines (default: %(default)s)")
     add("--limit", type=positive, metavar="N", help="use only the first N examples (default: all)")
-    add("--output", metavar="FILE", help="JSON file for the losses and predictions of all examples (default: none)")
+    add(
+        "--output",
+        metavar="FILE",
+        help="JSON file for the losses and predictions of all examples (default: none)",
+    )
     add("--prepare", action="store_true", help=f"only tokenize the examples, and write {PREPARED_PATH}")
     add("--batch_size", type=positive, default=8, help="examples per batch; changes no result (default: 8)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, the GPU if there is one)")
@@ -671,7 +681,13 @@ def main():
     if args.output:
         # a run means its newest checkpoint; the Hub's name says more than a directory of downloads
         name = directory if os.path.isdir(args.model) else args.model
-        result = {"model": name, "n": n, "acc": acc, "acc_norm": acc_norm, "predictions": predictions}
+        result = {
+            "model": name,
+            "n": n,
+            "acc": acc,
+            "acc_norm": acc_norm,
+            "predictions": predictions,
+        }
         with explain(f"cannot write --output {args.output}", "choose another file"):
             write_json(args.output, result)
 

@@ -610,7 +610,7 @@ def test_fine_tuning_from_a_run_takes_its_newest_checkpoint(one_run, byte_shards
     shutil.copytree(one_run[1], tmp_path / "run")
     for old_name, new_name in (("step_000005", "step_1000000"), ("step_000002", "step_999999")):
         (tmp_path / "run" / old_name).rename(tmp_path / "run" / new_name)
-    fine_tune(tmp_path / "run", byte_shards, tmp_path / "log", "--max_steps", 1)
+    fine_tune(tmp_path / "run", byte_shards, tmp_path / "log", "--max_steps", 2, "--warmup_steps", 0)
     val = losses(one_run[1], "val")
     assert losses(tmp_path / "log", "val")[0] == val[5]
     assert len(set(val.values())) == 4
