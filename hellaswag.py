@@ -618,10 +618,10 @@ def parse_args():
         help="JSON file for the losses and predictions of all examples (default: none)",
     )
     add("--prepare", action="store_true", help=f"only tokenize the examples, and write {PREPARED_PATH}")
-    add("--batch_size", type=positive, default=8, help="examples per batch; changes no result (default: 8)")
+    add("--batch_size", type=positive, help="examples per batch (default: 8 on a CPU, 32 on a GPU)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, the GPU if there is one)")
     dtypes = ["float32", "bfloat16", "float16"]
-    add("--dtype", choices=dtypes, default="float32", help="dtype of the model (default: float32)")
+    add("--dtype", choices=dtypes, help="dtype of the model (default: bfloat16 on GPUs that have it, else float32)")
     args = parser.parse_args()
     # an evaluation may take an hour, so check now that its result can be written
     if args.output and not os.path.isdir(os.path.dirname(args.output) or "."):
@@ -655,7 +655,9 @@ def main():
 
     # Load the model and the examples.
     device = pick_device(args.device)
-    model, tokenizer, directory = load_model(args.model, device, getattr(torch, args.dtype))
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = args.dtype or ("bfloat16" if has_bfloat16 else "float32")
+    model, tokenizer, directory = load_model(args.model, device, getattr(torch, dtype))
     examples = load_examples(args.data, tokenizer, args.limit)
     n = len(examples)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -668,8 +670,9 @@ def main():
         print(f"{num_long} of {n} examples are longer than {n_positions} tokens: their contexts are cut")
 
     # Compute the losses of all examples.
+    batch_size = args.batch_size or (8 if device.type == "cpu" else 32)
     try:
-        predictions = evaluate(model, examples, args.batch_size)
+        predictions = evaluate(model, examples, batch_size)
     except ValueError as error:
         fail(f"{error}: try --dtype float32, or choose another --model")
     except RuntimeError as error:
