@@ -128,7 +128,7 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         # softmax(q k^T / sqrt(hs)) v with the future masked out. The fused kernel (FlashAttention)
         # never stores the (T, T) attention matrix, which makes it several times faster than
-        # separate matmuls. On CPUs, PyTorch has no fused kernel with dropout.
+        # separate matmuls.
         dropout_p = self.attn_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C): concatenate the heads
@@ -545,10 +545,11 @@ class TokenDataset:
     def locate(self, index):
         """Return (shard number, offset of the first token) of the window with this index."""
         epoch, index = divmod(index, self.num_windows)
-        # the shard that contains the index-th window of the epoch, then the window in that shard
+        # the shard that contains the window: the first one that ends after it
         order, ends = self.shard_order(epoch)
         position = int(np.searchsorted(ends, index, side="right"))
         shard = int(order[position])
+        # the number of the window in the shard
         window = index - int(ends[position] - self.windows_per_shard[shard])
         if self.shuffle:
             window = int(self.window_order(epoch, shard)[window])
@@ -961,7 +962,7 @@ class RunDirectory:
         Damaged checkpoints after it are set aside, so that they are never counted again.
         """
         if not os.path.isdir(self.path):
-            return None  # start() creates the directory when everything else has been checked
+            return None  # start() creates it when everything else has been checked
         if not args.eval_only:
             self.acquire_lock()
         checkpoints = checkpoints_in(self.path)
@@ -1212,7 +1213,8 @@ def resolve_flags(args, checkpoint, trainer_state):
     if args.eval_only and not source:
         fail("--eval_only needs a model: pass --init_from, or --resume with the --log_dir of a run")
     if args.warmup_steps > args.max_steps / 2 and not checkpoint:
-        warn(f"--warmup_steps {args.warmup_steps} is over half of --max_steps {args.max_steps}")
+        problem = f"--warmup_steps {args.warmup_steps} is over half of --max_steps {args.max_steps}"
+        warn(f"{problem}: use a smaller one, for example {args.max_steps // 10}")
 
 
 def shape_of(name):
@@ -1402,7 +1404,7 @@ def parse_args():
     add("total_batch_size", "tokens per step, over all processes", type=count)
     add("micro_batch_size", "sequences per forward pass (default: what fits)", type=count)
     add("max_steps", "training steps", type=count)
-    add("optimizer", "muon is for the matrices of the blocks only", choices=OPTIMIZERS)
+    add("optimizer", "muon for the blocks' matrices, or adamw for all", choices=OPTIMIZERS)
     add("learning_rate", "peak learning rate", type=positive)
     add("schedule", "cosine, or wsd (warmup, stable, linear decay to 0)", choices=[*SCHEDULES])
     add("warmup_steps", "steps of linear warmup", type=count_or_0)
@@ -1415,18 +1417,18 @@ def parse_args():
     add("hellaswag_interval", "steps between HellaSwag scores; 0: never", type=count_or_0)
     add("prompt", "text that the two samples continue; type a line break as $'\\n' in bash")
     add("max_new_tokens", "tokens per sample", type=count)
-    add("eval_only", "only print the scores of a checkpoint", action="store_true")
+    add("eval_only", "only print the validation loss and HellaSwag score", action="store_true")
 
     group = parser.add_argument_group("system")
     add("log_dir", "directory of the log and the checkpoints (default: log)", default="log")
     add("log_interval", "steps between lines on the screen", type=count)
     add("checkpoint_interval", "steps between checkpoints", type=count)
     add("keep_checkpoints", "number of checkpoints to keep; 0: all", type=count_or_0)
-    add("save_best", "keep the model with the lowest validation loss in best/", action=switch)
+    add("save_best", "keep the model with the lowest loss in log_dir/best", action=switch)
     add("resume", "continue the run in --log_dir, or start it there", action="store_true")
     add("wandb", "send the metrics to this project of Weights & Biases", metavar="PROJECT")
     add("device", "auto (one GPU per process), cpu, cuda, cuda:1, mps, ...", default="auto")
-    add("dtype", "of matmuls (default: bfloat16 where it is fast)", choices=[*DTYPES])
+    add("dtype", "dtype of matmuls (default: bfloat16 where fast)", choices=[*DTYPES])
     add("compile", "use torch.compile (default: on GPUs only)", action=switch)
     parser.set_defaults(fingerprint=None)  # of the data, saved with the flags
     return parser.parse_args()
@@ -1627,8 +1629,8 @@ def fits_on_gpu(model, size, process, autocast):
 def wrap_model(model, args, process, autocast, micro_batch_size, grad_accum_steps):
     """Return (training_model, compiled_model), which share the weights of model.
 
-    training_model averages gradients over the ranks; compiled_model is for validation. Compiled code
-    is made for one shape: where lengths vary, model itself is used.
+    training_model averages gradients over the ranks. compiled_model is for validation. Compiled
+    code is made for one shape, so model itself is used where lengths vary.
     """
     compiled_model = model
     if args.compile or (args.compile is None and process.device.type == "cuda"):
@@ -1746,7 +1748,7 @@ def report_step(run_directory, model, args, process, step, loss, lr, norm, dt):
 
 
 def report_validation(run_directory, model, enc, args, device, autocast, step, val_loss):
-    """Report a validation: in log.txt, as the best model, and with two samples on the screen."""
+    """Report a validation: write log.txt and the best model, and print two samples."""
     run_directory.log(step, val=f"{val_loss:.4f}")
     say(f"step {step:5d} | val loss: {val_loss:.4f}")
     if args.save_best:
