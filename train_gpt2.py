@@ -336,7 +336,8 @@ class GPT(nn.Module):
                 tokenizer=saved["tokenizer"],
             )
             if config.block_size > saved["n_positions"]:
-                fail(f"{name} has {saved['n_positions']} positions: use a smaller --block_size")
+                problem = f"--block_size {block_size} is above the {saved['n_positions']} positions"
+                fail(f"{problem} of {name}: use a smaller one")
             model = cls(config)
             # add the padding rows, which the files do not contain, and drop unused positions
             padding = model.wte.weight[config.vocab_size :].detach()
@@ -1222,6 +1223,8 @@ def shape_of(name):
     with explain(f"cannot load {name}", "pass a model, a run or the name of a GPT-2 on the Hub"):
         with open(f"{find_pretrained(name)}/config.json", encoding="utf-8") as file:
             config = json.load(file)
+        if config["model_type"] != "gpt2":
+            raise ValueError(f"its model_type is {config['model_type']}, not gpt2")
         shape = {flag: config[flag] for flag in ("n_layer", "n_head", "n_embd")}
         return {**shape, "block_size": config["n_positions"]}
 
@@ -1607,9 +1610,9 @@ def choose_micro_batch_size(model, args, process, autocast):
 def fits_on_gpu(model, size, process, autocast):
     """Return whether a micro-batch of size sequences fits on the GPU of every rank."""
     device = process.device
-    # 10% of the memory that other programs have left stays free
+    # Leave 10% of the memory free that other programs do not use. The optimizers do not exist yet:
+    # AdamW keeps two float32 averages, 8 bytes per parameter.
     free, _ = torch.cuda.mem_get_info(device)
-    # the optimizers do not exist yet: AdamW keeps two float32 averages, 8 bytes per parameter
     limit = 0.9 * (free + torch.cuda.memory_allocated(device)) - 8 * model.num_params
     torch.cuda.reset_peak_memory_stats(device)
     idx = torch.zeros(size, model.config.block_size, dtype=torch.long, device=device)
