@@ -32,7 +32,7 @@ def decode(ids, chars):
 
 def load_data(path):
     """Read a UTF-8 text. Returns (chars, train_data, val_data): vocabulary and two id tensors."""
-    with open(path, encoding="utf-8-sig") as file:  # utf-8-sig drops a byte order mark
+    with open(path, encoding="utf-8-sig") as file:  # drops a byte order mark, as some editors write
         text = file.read()
     # The vocabulary is the sorted list of all different characters, V of them. A model cannot
     # compute with characters, so each is replaced by its id, a number from 0 to V - 1.
@@ -53,8 +53,6 @@ def get_batch(data, batch_size, block_size, generator):
 
 
 # --- end of copied block: data ---
-
-
 # ----------------------------------------------------------------------------------------- model
 class Bigram(nn.Module):
     """A table of V x V logits: row i scores the characters that may follow character i."""
@@ -141,11 +139,8 @@ def fail(message):
 
 
 def parse_args():
-    """Parse and check the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    """Parse the flags. All numbers except for the seed must be positive."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = fail  # argparse's errors in one line
     add = parser.add_argument
     add("--input", default="input.txt", help="UTF-8 text (default: input.txt)")

@@ -153,9 +153,9 @@ def find_local_files(patterns):
     """Return the paths that --source matches."""
     paths = []
     for pattern in patterns:
-        # a path may contain characters that mean something in patterns
+        # the name of a file may contain characters that mean something in patterns
         matches = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        # other files, such as a README, may be in the same directory
+        # a pattern may also match other files, such as a README
         matches = [path for path in matches if path.endswith(LOCAL_FILES)]
         if not matches:
             fail(f"--source {pattern} matches no {', '.join(LOCAL_FILES)} file: pass the paths of such files")
@@ -166,12 +166,11 @@ def find_local_files(patterns):
 def describe_files(paths, workers):
     """Return [[name, bytes, SHA-256], ...] of local files."""
     # Each start reads all files for their checksums: a file may have changed since the last run.
-    progress = {"desc": "checksums", "unit": "file", "disable": None, "leave": False}
     files = []
     with ThreadPoolExecutor(workers) as pool:
-        checksums = tqdm(pool.map(sha256_of, paths), total=len(paths), **progress)
-        for path, checksum in zip(paths, checksums, strict=True):
-            files.append([os.path.basename(path), os.path.getsize(path), checksum])
+        checksums = pool.map(sha256_of, paths)
+        for path in tqdm(paths, desc="checksums", unit="file", disable=None, leave=False):
+            files.append([os.path.basename(path), os.path.getsize(path), next(checksums)])
     return files
 
 
@@ -265,6 +264,9 @@ def download(repo_id, revision, folder, file):
             reason = "it does not match its checksum"
         except Exception as error:  # errors of the Hub and of HTTP share no base class
             reason = f"{type(error).__name__}: {error}"
+            # the data set is private or gated, or the file is missing: waiting would not help
+            if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
+                break
     raise OSError(f"cannot download {name} ({reason})")
 
 
@@ -289,7 +291,7 @@ def start_thread(function, item):
 # ------------------------------------------------------------------------------------ shards
 @dataclass
 class State:
-    """How far the work has come. It is saved after each shard, for a run that continues."""
+    """How far the work has come. It is saved after each full shard, for a run that continues."""
 
     settings: dict  # as in meta.json: tokenizer, vocab_size, eot_token, source
     # Where the next shard begins: number of the file, number of the batch in that file, number of
@@ -297,7 +299,6 @@ class State:
     file: int = 0
     batch: int = 0
     skip: int = 0
-    done: bool = False
     shards: list = field(default_factory=list)  # [{"file", "split", "tokens", "sha256"}, ...]
 
     @property
@@ -306,7 +307,7 @@ class State:
 
 
 class ShardWriter:
-    """Collects tokens in memory, writes them to shards, and saves the state after each shard."""
+    """Collects tokens in memory, writes them to shards, and saves the state after each full shard."""
 
     def __init__(self, directory, state, shard_size, max_tokens):
         self.directory = directory
@@ -336,7 +337,10 @@ class ShardWriter:
             start += len(part)
 
     def finish(self):
-        """Write the remaining tokens. Splits them if they are the whole data set."""
+        """Write the remaining tokens. Splits them if they are the whole data set.
+
+        The state is not saved: a run that is killed before meta.json is written writes them again.
+        """
         tokens = self.buffer[: self.used]
         if self.state.shards:
             self.write_shard("train", tokens)  # shorter than the others
@@ -351,18 +355,12 @@ class ShardWriter:
             # the first document that begins in the last tenth, or the last document
             number = np.searchsorted(beginnings, 0.9 * len(tokens))
             cut = beginnings[min(number, len(beginnings) - 1)]
-            # The state is saved after both shards: a run that is killed between them starts again.
             self.write_shard("val", tokens[cut:])
             self.write_shard("train", tokens[:cut])
             print(f"all tokens fit into one shard: the last {len(tokens) - cut:,} are for validation")
-        self.state.done = True
-        self.save_state()
 
     def write_shard(self, split, tokens):
-        """Write a shard, and add it to the state in memory.
-
-        A run that is killed before the state is saved writes the same shard again.
-        """
+        """Write a shard, and add it to the state in memory."""
         state = self.state
         # The state file marks the directory as unfinished. It is not written before the first shard,
         # so that after a mistake, such as a wrong --text_column, the directory can be used again.
@@ -403,8 +401,7 @@ def make_data_set(args):
             print(f"{directory} is complete")
         else:
             state = state or State(settings)
-            if not state.done:
-                make_shards(args, FastTokenizer(encoding), paths, state)
+            make_shards(args, FastTokenizer(encoding), paths, state)
             # meta.json comes last: it says that everything else is there
             write_tokenizer_files(args.tokenizer, directory)
             write_json(f"{directory}/meta.json", {**settings, "shards": state.shards})
@@ -438,9 +435,9 @@ def lock(directory):
 
 
 def read_state(directory):
-    """Return the State of an unfinished directory, and the settings that a directory was started with.
+    """Return the State of an unfinished directory, or None, and the settings of the first run.
 
-    What does not exist is None. The settings are a flat dict.
+    The settings are a flat dict, or None in a new directory.
     """
     state = None
     if os.path.exists(f"{directory}/meta.json"):
@@ -459,18 +456,19 @@ def read_state(directory):
 
 def get_settings(args, encoding, saved):
     """Return what determines the shards, for meta.json, and the paths of local files or None."""
-    paths = None
-    revision = None
+    repo_id, remote_name = args.repo_id, args.remote_name
+    revision = paths = None
     if args.source:
+        repo_id = remote_name = None
         paths = find_local_files(args.source)
         files = describe_files(paths, args.workers)
     elif saved:  # the data set may have changed on the Hub: keep to one commit
         revision, files = saved.get("revision"), saved.get("files")
     else:
-        revision, files = list_hub_files(args.repo_id, args.remote_name)
+        revision, files = list_hub_files(repo_id, remote_name)
     source = {
-        "repo_id": None if args.source else args.repo_id,
-        "remote_name": None if args.source else args.remote_name,
+        "repo_id": repo_id,
+        "remote_name": remote_name,
         "text_column": args.text_column,
         "shard_size": args.shard_size,
         "max_tokens": args.max_tokens,
@@ -571,7 +569,7 @@ def verify(directory):
 
     # check each shard, and count its tokens and documents; problems are reported at the end
     problems = []
-    counts = {}  # split: [shards, tokens, documents]
+    totals = {}  # split: array of its number of shards, tokens and documents
     for shard in tqdm(meta["shards"], desc="verifying", unit="shard", disable=None, leave=False):
         path = f"{directory}/{shard['file']}"
         try:
@@ -584,12 +582,11 @@ def verify(directory):
             problems.append(f"{path} ({error})")
             continue
         split = re.fullmatch(SHARD_NAME, shard["file"])[1]
-        if split not in counts:
-            counts[split] = np.zeros(3, int)
+        if split not in totals:
+            totals[split] = np.zeros(3, int)
             print(f"{shard['file']} begins with {encoding.decode(tokens[:50].tolist())!r}")
-        counts[split] += [1, len(tokens), np.count_nonzero(tokens == encoding.eot_token)]
-    # report
-    for split, (num_shards, num_tokens, documents) in counts.items():
+        totals[split] += [1, len(tokens), np.count_nonzero(tokens == encoding.eot_token)]
+    for split, (num_shards, num_tokens, documents) in totals.items():
         print(f"{split}: {num_shards:,} shards, {num_tokens:,} tokens, {documents:,} documents")
     if problems:
         fail(f"problems with {'; '.join(problems[:5])}: regenerate {directory}, or restore it from a copy")

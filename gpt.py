@@ -62,7 +62,7 @@ def decode(ids, chars):
 
 def load_data(path):
     """Read a UTF-8 text. Returns (chars, train_data, val_data): vocabulary and two id tensors."""
-    with open(path, encoding="utf-8-sig") as file:  # utf-8-sig drops a byte order mark
+    with open(path, encoding="utf-8-sig") as file:  # drops a byte order mark, as some editors write
         text = file.read()
     # The vocabulary is the sorted list of all different characters, V of them. A model cannot
     # compute with characters, so each is replaced by its id, a number from 0 to V - 1.
@@ -83,8 +83,6 @@ def get_batch(data, batch_size, block_size, generator):
 
 
 # --- end of copied block: data ---
-
-
 # ----------------------------------------------------------------------------------------- model
 @dataclass
 class GPTConfig:
@@ -110,7 +108,6 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.attn_dropout = config.dropout
         # One linear layer computes q, k and v of all heads. Different from GPT-2: it has no bias.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -119,14 +116,14 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
         hs = C // self.n_head
-        # each head gets its own hs channels
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> three times (B, T, C)
+        # each head gets its own hs channels
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
         k = k.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
         v = v.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
         # softmax(q k^T / sqrt(hs)) v with future positions masked out, in one fused kernel, which
         # never stores the (T, T) weights. Lesson 2 of docs/lessons computes it step by step.
-        dropout_p = self.attn_dropout if self.training else 0.0
+        dropout_p = self.dropout.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
         # concatenate the results of the heads
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, nh, hs) -> (B, T, C)
@@ -139,16 +136,14 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        # Different from GPT-2: ReLU is the default, because it is the simplest. GPT-2 has an
-        # approximation of GELU.
+        # Different from GPT-2, which approximates GELU: the default is ReLU, the simplest one.
         self.activation = nn.GELU() if config.activation == "gelu" else nn.ReLU()
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         x = self.activation(self.c_fc(x))  # (B, T, C) -> (B, T, 4C)
-        x = self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
-        return self.dropout(x)
+        return self.dropout(self.c_proj(x))  # (B, T, 4C) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -184,8 +179,8 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        # Different from GPT-2: the head has a bias and weights of its own. GPT-2's head has no bias
-        # and shares its weights with wte, which saves 38.6M parameters in the 124M model.
+        # Different from GPT-2, whose head has no bias and shares its weights with wte: this saves
+        # 38.6M parameters in the 124M model, and few with the small vocabulary of characters.
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
         # Small random weights make all logits nearly equal, so the first loss is close to ln(V).
         # Different from GPT-2: the layers that end in a residual connection (c_proj) start like all
@@ -223,13 +218,13 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             # only the last block_size characters matter
             logits, _ = self(idx[:, -self.config.block_size :])  # (1, T) -> (1, T, V)
-            logits = logits[:, -1].float()  # (1, V), the scores of the next character
+            logits = logits[:, -1].float()  # (1, V), which are bfloat16 on some GPUs
             # keep the k most likely characters: the others get logits of -inf, and probability 0
             if top_k > 0:
                 top_logits, _ = logits.topk(min(top_k, logits.shape[-1]))  # (1, k), largest first
                 logits = logits.masked_fill(logits < top_logits[:, -1:], float("-inf"))
             # choose the next character
-            if temperature < 1e-6:  # 0, or so close to 0 that sampling would not differ from argmax
+            if temperature == 0:
                 next_idx = logits.argmax(dim=-1, keepdim=True)  # (1, 1)
             else:
                 probs = F.softmax(logits / temperature, dim=-1)  # (1, V)
@@ -245,11 +240,10 @@ def save_model(path, model, chars):
     """Write a model and its vocabulary to a file, which gets its name when it is complete."""
     contents = {"model": model.state_dict(), "config": asdict(model.config), "chars": chars}
     try:
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save(contents, file)
+        torch.save(contents, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError if the disk is full
-        fail(f"cannot write --save {path} ({error}): choose another directory, or make room for the file")
+    except (OSError, RuntimeError) as error:  # a RuntimeError if the directory or space is missing
+        fail(f"cannot write --save {path} ({error}): choose another directory, or make space")
 
 
 def load_model(path, device):
@@ -279,8 +273,6 @@ def estimate_loss(model, data, eval_iters, batch_size, block_size):
 
 
 # --- end of copied block: estimate_loss ---
-
-
 # --- copied block: get_lr ---
 def get_lr(step, learning_rate, warmup_steps, max_steps):
     """Return the learning rate of a step: linear warmup, then cosine decay to 10% of the peak."""
@@ -301,10 +293,10 @@ def get_lr(step, learning_rate, warmup_steps, max_steps):
 
 
 def train(model, train_data, val_data, args, chars):
-    """Train the model, and leave it with the weights that had the lowest validation loss.
+    """Train the model. Prints the loss on both parts of the data every eval_interval steps.
 
-    Prints the loss on both parts of the data every eval_interval steps. With --save, writes the
-    model whenever its validation loss is the lowest so far, so that Ctrl-C loses nothing.
+    The model ends with the weights that had the lowest validation loss. --save writes them as soon
+    as they are found, so that Ctrl-C does not lose them.
     """
     sizes = (args.batch_size, args.block_size)
     optimizer = torch.optim.AdamW(
@@ -315,7 +307,6 @@ def train(model, train_data, val_data, args, chars):
     )
     generator = torch.Generator().manual_seed(args.seed)  # for get_batch
     best_loss = math.inf
-    best_weights = model.state_dict()
     for step in range(args.max_steps + 1):
         # estimate the loss every eval_interval steps, and at the end
         if step % args.eval_interval == 0 or step == args.max_steps:
@@ -336,8 +327,7 @@ def train(model, train_data, val_data, args, chars):
         x, y = get_batch(train_data, *sizes, generator)
         _, loss = model(x, y)
 
-        # compute the gradients of the loss, and limit them, so that one unusual batch cannot make a
-        # huge step
+        # compute the gradients of the loss, and limit them: one unusual batch makes no huge step
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -347,7 +337,6 @@ def train(model, train_data, val_data, args, chars):
             group["lr"] = get_lr(step, args.learning_rate, WARMUP_STEPS, args.max_steps)
         optimizer.step()
 
-    # continue with the best weights
     model.load_state_dict(best_weights)
     print(f"best val loss {best_loss:.4f}")
 
@@ -370,11 +359,8 @@ def pick_device(name):
 
 
 def parse_args():
-    """Parse and check the flags. Those that are not given have the values of the preset."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    """Parse and check the flags. The preset gives the values of those that are omitted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = fail  # argparse's errors in one line
     add = parser.add_argument
     add("--input", default="input.txt", help="UTF-8 text (default: input.txt)")
@@ -405,18 +391,18 @@ def parse_args():
     add("--stop", default="", help="text that ends the sample, $'\\n' is a line break")
     args = parser.parse_args()
 
-    # find the device, and the preset's values of flags that are not given
+    # find the device and the preset, and take omitted values from the preset
     args.device = pick_device(args.device)
     args.preset = args.preset or ("cpu" if args.device.type == "cpu" else "full")
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
-    # check the values
+    # check the values: all numbers except for the seed must be positive, or 0 where 0 has a meaning
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed":
-            can_be_0 = name in ("dropout", "temperature", "top_k")
-            if value < 0 or (value == 0 and not can_be_0):
+            may_be_0 = name in ("dropout", "temperature", "top_k")
+            if value < 0 or (value == 0 and not may_be_0):
                 fail(f"--{name} {value} is too small: use a larger value")
     if args.dropout >= 1:
         fail(f"--dropout {args.dropout} is too large: use a value below 1")
@@ -457,7 +443,7 @@ def main():
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     model.forward = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16)(model.forward)
 
-    # train it
+    # train the model
     num_params = sum(p.numel() for p in model.parameters())
     source = args.load or f"preset {args.preset}"
     print(f"{num_params:,} parameters, {len(chars)} characters, {device}, {source}")

@@ -51,9 +51,6 @@ STYLE = {
     "grid.color": "#e5e5e5",
     "legend.fontsize": 11,
     "legend.frameon": False,
-    "legend.handlelength": 1.5,
-    "lines.markeredgecolor": "white",
-    "lines.markeredgewidth": 0.5,
     "lines.markersize": 5,
 }
 
@@ -62,11 +59,11 @@ STYLE = {
 def read_log(log_dir):
     """Read log.txt. Returns {kind: (steps (N,), values (N,))} with increasing steps.
 
-    If a step is logged twice, the later value counts. Values that are not finite are left out, and
-    so are lines of another form, such as the last one while it is being written.
+    If a step is logged twice, the later value counts. Leaves out values that are not finite, and
+    lines of another form, such as the last one while it is being written.
     """
     values_by_kind = {}  # {kind: {step: value}}
-    with open(f"{log_dir}/log.txt", encoding="utf-8", errors="replace") as file:
+    with open(f"{log_dir}/log.txt", encoding="utf-8") as file:
         for line in file:
             try:
                 step, kind, value = line.split()
@@ -84,7 +81,7 @@ def read_log(log_dir):
 
 
 def read_settings(log_dir):
-    """Read run.json. Returns {} for runs of other programs, which have no such file."""
+    """Read run.json. Returns {} for a run of another program, which has no such file."""
     if not os.path.exists(f"{log_dir}/run.json"):
         return {}
     with open(f"{log_dir}/run.json", encoding="utf-8") as file:
@@ -92,29 +89,27 @@ def read_settings(log_dir):
 
 
 def is_fineweb_edu(settings):
-    """Tell whether a run trains on FineWeb-Edu in GPT-2's tokens, so that references make sense."""
-    is_gpt2 = settings.get("tokenizer") == "gpt2"
-    return is_gpt2 and "'HuggingFaceFW/fineweb-edu'" in str(settings.get("source"))
+    """Return whether a run trains on FineWeb-Edu in GPT-2's tokens, so that references make sense."""
+    source = settings.get("source") or {}  # None for shards without a meta.json
+    return settings.get("tokenizer") == "gpt2" and source.get("repo_id") == "HuggingFaceFW/fineweb-edu"
 
 
 # --------------------------------------------------------------------------------------- drawing
 def smooth(values):
     """Return the means of values (N,) over windows of about 2%, (N,).
 
-    At the start the windows are smaller and symmetric, so that the steep start of a loss curve is
-    not distorted. At the end they are cut off.
+    At the start the windows are smaller, so that the steep start of a loss curve is not distorted.
+    At the end they are cut off.
     """
-    N = len(values)
-    index = np.arange(N)
-    before = np.minimum(index, N // 100)  # values on each side
-    start = index - before
-    stop = np.minimum(index + before + 1, N)
-    sums = np.concatenate(([0.0], np.cumsum(values)))  # (N + 1,)
-    return (sums[stop] - sums[start]) / (stop - start)
+    means = []
+    for i in range(len(values)):
+        side = min(i, len(values) // 100)  # values on each side of the middle
+        means.append(values[i - side : i + side + 1].mean())
+    return np.array(means)
 
 
 def shorten(number, position=None):
-    """Return a number as a short text, such as 250M or 1.5B, for the labels of an axis."""
+    """Return a number as a short text, such as 250M or 1.5B. matplotlib also passes a position."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:g}{letter}"
@@ -154,23 +149,18 @@ def draw_run(panels, log, tokens_per_step, color, label):
     panels["train"].plot([], [], color=color, lw=4, label=label)
 
 
-def draw_references(panels):
-    """Draw the results of OpenAI's models as horizontal lines."""
-    for kind, model, value, line_style in REFERENCES:
-        if kind in panels:
-            label = f"{model}: {value}"
-            panels[kind].axhline(value, color=GRAY, lw=1.2, ls=line_style, label=label)
-    if "hella" in panels:
-        panels["hella"].legend(loc="lower right")
-
-
 def finish_panels(panels, logs, reference):
-    """Add legends to the panels, and set their axes."""
+    """Add OpenAI's results (if reference is true) and legends to the panels, and set their axes."""
     # legend entries for the two ways in which losses are drawn
     panels["train"].plot([], [], color=GRAY, lw=1.8, label="train")
     panels["train"].plot([], [], "o", color=GRAY, label="validation")
     if reference:
-        draw_references(panels)
+        for kind, model, value, line_style in REFERENCES:
+            if kind in panels:
+                label = f"{model}: {value}"
+                panels[kind].axhline(value, color=GRAY, lw=1.2, ls=line_style, label=label)
+        if "hella" in panels:
+            panels["hella"].legend(loc="lower right")
     panels["train"].legend(loc="upper right")
 
     # losses: leave out the first twentieth of each run, whose steep fall would make the rest flat
@@ -190,8 +180,8 @@ def finish_panels(panels, logs, reference):
     if "tok/s" in panels:
         panels["tok/s"].set_ylim(bottom=0)
         panels["tok/s"].yaxis.set_major_formatter(shorten)
-    # The x axes are the same, also those of panels in which only a short run has values: labels of
-    # its small numbers would overlap.
+    # All panels have the x axis of the longest run. With one of its own, the labels of a panel in
+    # which only a short run has values would overlap.
     right = max(1, *(axes.get_xlim()[1] for axes in panels.values()))
     for axes in panels.values():
         axes.set_xlim(-0.02 * right, right)
@@ -210,24 +200,24 @@ def draw(log_dirs, tokens_per_step=None, reference=None):
 
     # read the runs
     logs = [read_log(log_dir) for log_dir in log_dirs]
-    settings = [read_settings(log_dir) for log_dir in log_dirs]
     if not any(logs):
         raise ValueError(f"{log_dirs[0]}/log.txt has no values yet: wait for the first steps")
+    settings = [read_settings(log_dir) for log_dir in log_dirs]
+    known_settings = [values for values in settings if values]
 
     # decide what to show
-    known = [one for one in settings if one]
     if reference is None:
-        reference = len(known) > 0 and all(is_fineweb_edu(one) for one in known)
+        reference = len(known_settings) > 0 and all(map(is_fineweb_edu, known_settings))
     x_label = "tokens"
-    sizes = [one.get("total_batch_size", tokens_per_step) for one in settings]
+    sizes = [values.get("total_batch_size", tokens_per_step) for values in settings]
     if None in sizes:
         x_label = "steps (to show tokens, pass --tokens_per_step)"
         sizes = [1] * len(sizes)
     labels = [os.path.normpath(log_dir) for log_dir in log_dirs]
     # losses per token of different tokenizers cannot be compared, so the legend names them
-    if len({one.get("tokenizer") for one in known}) > 1:
-        for i, one in enumerate(settings):
-            labels[i] += f" (tokenizer {one.get('tokenizer', 'unknown')})"
+    if len({values.get("tokenizer") for values in known_settings}) > 1:
+        for i, values in enumerate(settings):
+            labels[i] += f" (tokenizer {values.get('tokenizer', 'unknown')})"
 
     # draw it
     with rc_context(STYLE):
@@ -248,20 +238,14 @@ def fail(message):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = fail  # argparse's errors in one line
     add = parser.add_argument
     add("log_dirs", nargs="+", metavar="DIR", help="directory of a run, which contains log.txt")
     add("--tokens_per_step", type=int, metavar="N", help="tokens per step of runs without a run.json")
     add("--output", metavar="FILE", help="picture: .png, .svg or .pdf (default: DIR/curves.png)")
-    add(
-        "--reference",
-        action=argparse.BooleanOptionalAction,
-        help="draw the results of OpenAI's models (default: for runs on FineWeb-Edu)",
-    )
+    reference_help = "draw the results of OpenAI's models (default: for runs on FineWeb-Edu)"
+    add("--reference", action=argparse.BooleanOptionalAction, help=reference_help)
     args = parser.parse_args()
     if args.tokens_per_step is not None and args.tokens_per_step <= 0:
         fail(f"--tokens_per_step {args.tokens_per_step} is too small: use a larger value")
@@ -270,7 +254,7 @@ def main():
     try:
         draw(args.log_dirs, args.tokens_per_step, args.reference).savefig(path)
     except (OSError, ValueError) as error:
-        fail(f"cannot draw --output {path} ({error}): pass directories with a log.txt, and a .png, .svg or .pdf file")
+        fail(f"cannot draw --output {path} ({error}): pass directories with a log.txt and a file to write")
     print(path)
 
 

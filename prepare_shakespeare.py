@@ -74,7 +74,7 @@ def read_text(path):
 # -------------------------------------------------------------------------------------- data set
 def tokenize(tokenizer, text):
     """Return the tokens of a document, uint16 (N,), beginning with the end-of-text token."""
-    # arrays instead of lists of Python integers save most of the memory
+    # a list of Python integers would need many times the memory of these arrays
     if tokenizer.name == "bytes":
         tokens = np.frombuffer(text.encode(), np.uint8)
     else:
@@ -94,6 +94,7 @@ def write_data_set(out_dir, parts, tokenizer_name, source):
     advice = "use --tokenizer bytes, connect to the network once, or set TIKTOKEN_CACHE_DIR"
     with explain("cannot load GPT-2's vocabulary", advice):
         tokenizer = get_tokenizer(tokenizer_name)
+    # train_gpt2.py reads the values of the tokenizer and the list of shards
     meta = {
         "tokenizer": tokenizer_name,
         "vocab_size": tokenizer.n_vocab,
@@ -104,9 +105,9 @@ def write_data_set(out_dir, parts, tokenizer_name, source):
     out_dir = os.path.abspath(out_dir)
     # the name of a shard consists of letters, digits and the characters _ . -
     name = re.sub(r"[^\w.-]|^[.-]", "_", os.path.basename(out_dir))
-    # Write everything to a directory in a temporary one, and rename it at the end: the data set is
-    # complete or absent. The temporary directory is next to out_dir, because a directory cannot be
-    # renamed to another file system.
+    # Write everything to a directory inside a temporary one, and rename it at the end: the data set
+    # is complete or absent. The temporary directory is next to out_dir, because a directory cannot
+    # be renamed to another file system.
     parent_dir = os.path.dirname(out_dir)
     os.makedirs(parent_dir, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=parent_dir) as temporary_dir:
@@ -133,7 +134,7 @@ def is_written(out_dir, tokenizer_name, source):
     """Return whether out_dir contains this data set. Exits with an error if it has other files."""
     if not os.path.isdir(out_dir) or not os.listdir(out_dir):
         return False
-    # meta.json is in a directory that was renamed once it was complete: the other files are there
+    # the directory was renamed when it was complete: a right meta.json is enough
     with explain(f"--out_dir {out_dir} contains other files", "choose another --out_dir, or delete it"):
         with open(f"{out_dir}/meta.json", encoding="utf-8") as file:
             meta = json.load(file)
@@ -272,14 +273,13 @@ def main():
         fail(f"{path} is too short to split it with --val_fraction {args.val_fraction}: use a longer text")
     parts = {"train": text[:n], "val": text[n:]}
 
-    # the source goes into meta.json, so that a later run can compare it with its own
+    # do nothing if an earlier run wrote this data set: it has the same source in its meta.json
     source = {
         "input": os.path.basename(path),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "val_fraction": args.val_fraction,
     }
     del text  # the parts are copies, and a long text should not be in memory twice
-    # do nothing if an earlier run has already written this data set
     if is_written(args.out_dir, args.tokenizer, source):
         print(f"{args.out_dir} already contains this data set")
         return

@@ -400,17 +400,10 @@ def test_a_flag_that_makes_no_sense_is_an_error(script, flags, text_file, tmp_pa
 
 
 def test_a_file_that_is_not_a_model_is_an_error_and_runs_no_code(tmp_path):
-    (tmp_path / "text.pt").write_text("King: this is a text")
     (tmp_path / "code.pt").write_bytes(pickle.dumps(print, protocol=2))
     torch.save({"weight": torch.zeros(3)}, tmp_path / "weight.pt")
-    for name in ("text.pt", "code.pt", "weight.pt"):
+    for name in ("code.pt", "weight.pt"):
         assert_user_error(call("gpt", "--load", tmp_path / name, "--device", "cpu"), "--load", tmp_path / name)
-
-
-def test_text_that_a_loaded_model_has_never_seen_is_an_error(text_file, tmp_path):
-    path = tmp_path / "model.pt"
-    assert call("gpt", "--input", text_file, *SMALL_GPT, "--save", path).returncode == 0
-    assert_user_error(call("gpt", "--load", path, "--device", "cpu", "--prompt", "ABC ß"), "--prompt", "ß")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self"), reason="only Linux limits the memory of a process reliably")
