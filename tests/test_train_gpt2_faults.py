@@ -44,6 +44,7 @@ from conftest import (
     read_log,
     replace_tokens,
     reproducible,
+    run,
     send,
     sign,
     truncate,
@@ -182,9 +183,10 @@ def test_an_interrupted_run_ends_with_the_same_bytes(byte_shards, tmp_path, whol
 def test_the_command_that_a_stopped_run_prints_continues_it(byte_shards, tmp_path, whole):
     """It has no flags of the run: they are in the checkpoint."""
     done = train(byte_shards, tmp_path / "log", *FLAGS, before=at_step(2, send("SIGTERM")))
-    line = shlex.split(done.stdout.splitlines()[-1].partition("continue with ")[2])
-    assert line[:2] == ["python", "train_gpt2.py"] and "--resume" in line and "--n_layer" not in line
-    done = subprocess.run([sys.executable, *line[1:]], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    python, script, *flags = shlex.split(done.stdout.splitlines()[-1].partition("continue with ")[2])
+    assert python == "python" and "--resume" in flags and "--n_layer" not in flags
+    # the script of a forked run is bytecode
+    done = run("train_gpt2", *flags)
     assert (done.returncode, done.stderr) == (0, "")
     assert_same_run(tmp_path / "log", whole)
 
