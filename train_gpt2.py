@@ -1837,15 +1837,17 @@ def main():
         torch.manual_seed(args.seed + step * world_size + rank)
         loss = torch.zeros((), device=device)  # reading it would wait for the computation
         for i in range(grad_accum_steps):
-            # The last backward pass averages the gradients over the ranks. no_sync() of DDP sets
-            # the same variable to False.
-            if world_size > 1:
-                training_model.require_backward_grad_sync = i == grad_accum_steps - 1
-            with autocast:
-                _, micro_loss = training_model(x, y)
-            # gradients add up: dividing makes their sum a mean
-            micro_loss = micro_loss / grad_accum_steps
-            scaler.scale(micro_loss).backward()
+            # DDP averages the gradients over the ranks during a backward pass. Once per step, in
+            # the last one, is enough. no_sync must also cover the forward pass, which prepares it.
+            gradient_sync = nullcontext()
+            if world_size > 1 and i < grad_accum_steps - 1:
+                gradient_sync = training_model.no_sync()
+            with gradient_sync:
+                with autocast:
+                    _, micro_loss = training_model(x, y)
+                # gradients add up: dividing makes their sum a mean
+                micro_loss = micro_loss / grad_accum_steps
+                scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
             # load the next batch while a GPU computes
             next_micro_step = step * grad_accum_steps + i + 1
