@@ -6,7 +6,8 @@ Turn a UTF-8 text into the token shards that train_gpt2.py reads.
     python prepare_shakespeare.py --download --out_dir tiny  # the real Tiny Shakespeare
     python prepare_shakespeare.py --input book.txt --out_dir book
 
-Takes a second, and writes five files to OUT_DIR. NAME is the last part of OUT_DIR.
+Takes a second for a megabyte, and about five times the size of the text in memory. Writes five
+files to OUT_DIR. NAME is the last part of OUT_DIR.
 
     NAME_train_000000.npy   the first 90% of the text, a one-dimensional uint16 array of tokens
     NAME_val_000000.npy     the last 10%, for validation
@@ -23,273 +24,77 @@ import hashlib
 import json
 import os
 import re
-import signal
 import sys
 import tempfile
+from contextlib import contextmanager
 
 import numpy as np
 import requests
 import tiktoken
 
-# The 40,000 lines of Shakespeare on which char-rnn and nanoGPT train their character-level models.
+# The 40,000 lines of Shakespeare on which char-rnn and nanoGPT train character-level models.
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TINY_SHAKESPEARE_PATH = "data/tinyshakespeare/input.txt"
 
 
 # -------------------------------------------------------------------------------------- the text
-def download(url, path, sha256):
-    """Download url to path atomically. Exits with an error if the content has another SHA-256.
-
-    Raises OSError if the file cannot be written.
-    """
-    advice = f"download it by hand to {path}, or pass another text with --input"
-    try:
-        response = requests.get(url, timeout=30)
-        response.raise_for_status()
-    except requests.RequestException as error:
-        fail(f"cannot download {url} ({type(error).__name__}): {advice}")
-    # a proxy may return an error page instead of the file, so verify the checksum
-    actual = hashlib.sha256(response.content).hexdigest()
-    if actual != sha256:
-        fail(f"{url} has SHA-256 {actual} instead of {sha256}: {advice}")
-    # write to another name first, so that path never has half of the file
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(response.content)
-    os.replace(f"{path}.tmp", path)
-
-
 def download_tiny_shakespeare():
     """Download Tiny Shakespeare, unless it is already there. Returns the path of the file."""
     path = TINY_SHAKESPEARE_PATH
-    try:
-        # a file that is damaged, for example by an interrupted copy, is replaced
-        if not os.path.isfile(path) or sha256_of(path) != TINY_SHAKESPEARE_SHA256:
-            download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
-    except OSError as error:
-        fail(f"cannot write {path} ({error.strerror}): change to a writable directory")
+    # a file that is damaged, for example by an interrupted copy, is replaced
+    if os.path.exists(path) and sha256_of(path) == TINY_SHAKESPEARE_SHA256:
+        return path
+    advice = f"download it by hand to {path}, or pass another text with --input"
+    with explain(f"cannot download {TINY_SHAKESPEARE_URL}", advice):
+        response = requests.get(TINY_SHAKESPEARE_URL, timeout=30)
+        response.raise_for_status()
+        # a proxy may return a page of its own instead of the file
+        if hashlib.sha256(response.content).hexdigest() != TINY_SHAKESPEARE_SHA256:
+            raise ValueError("it does not match its checksum")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(response.content)
     return path
 
 
-# --- copied block: read_text ---
 def read_text(path):
-    """Return the text of a UTF-8 file with its line endings unchanged.
-
-    Exits with an error if the file cannot be read, is empty or is not UTF-8.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # utf-8-sig drops a byte order mark
+    """Return the text of a UTF-8 file with its line endings unchanged."""
+    # as a text, JSON lines would be tokenized with their braces and escapes
+    if path.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        fail(f"{path} contains many documents: use python fineweb.py --source {path}")
+    with explain(f"cannot read {path} as UTF-8 text", "pass another file with --input"):
+        with open(path, encoding="utf-8-sig", newline="") as file:  # drops a byte order mark
             text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read {path!r} as UTF-8 text ({error}): pass another file with --input")
-    if not text:
-        fail(f"{path!r} is empty: pass another file with --input")
+        if not text:
+            raise ValueError("it is empty")
     return text
 
 
-# --- end of copied block: read_text ---
-
-
-# --- copied block: sha256_of ---
-def sha256_of(path):
-    """Return the SHA-256 of a file in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- end of copied block: sha256_of ---
-
-
-# ------------------------------------------------------------------------------------- tokenizer
-# --- copied block: get_tokenizer ---
-def get_tokenizer(name):
-    """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
-
-    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR. "bytes"
-    needs no network. Raises ValueError if the vocabulary cannot be loaded.
-    """
-    if name == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # network, disk or a wrong file: these errors share no base class
-            raise ValueError(
-                f"cannot load GPT-2's vocabulary ({type(error).__name__}): connect to the network once, "
-                "or set TIKTOKEN_CACHE_DIR to a directory that contains it"
-            ) from None
-    byte_ranks = {bytes([i]): i for i in range(256)}
-    return tiktoken.Encoding(
-        name,
-        pat_str=r"(?s:.{1,1000})",  # where text is split does not matter, because no tokens are merged
-        mergeable_ranks=byte_ranks,
-        special_tokens={"<|endoftext|>": 256},
-    )
-
-
-# --- end of copied block: get_tokenizer ---
-
-
-def tokenize(tokenizer, text):
-    """Return the tokens of a document, a uint16 array (N,) that starts with the end-of-text token.
-
-    Raises ValueError if tiktoken cannot tokenize the text.
-    """
-    # tiktoken crashes on about a million whitespace characters in a row, because GPT-2's regular
-    # expression then overflows its stack. 999,000 is a safe limit.
-    if tokenizer.name == "gpt2":
-        longest_run = max(map(len, re.findall(r"\s+", text)), default=0)
-        if longest_run >= 999_000:
-            raise ValueError(
-                f"the text has {longest_run:,} whitespace characters in a row, more than tiktoken can "
-                "tokenize: remove some of them"
-            )
-    # encode_ordinary knows no special tokens: <|endoftext|> in the text is text like any other
-    tokens = tokenizer.encode_ordinary(text)
-    return np.array([tokenizer.eot_token, *tokens], dtype="<u2")
-
-
-# --- copied block: write_tokenizer_files ---
-GPT2_FILES = {  # Hugging Face's file name: (OpenAI's file name, SHA-256)
-    "vocab.json": ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
-    "merges.txt": ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
-}
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-
-
-def write_tokenizer_files(name, directory):
-    """Write the tokenizer files of transformers, vocab.json and merges.txt, into directory.
-
-    For "gpt2" they are OpenAI's files. tiktoken has them in its cache once get_tokenizer("gpt2")
-    has been called.
-    """
-    if name == "gpt2":
-        for file_name, (original_name, sha256) in GPT2_FILES.items():
-            content = tiktoken.load.read_file_cached(f"{GPT2_URL}/{original_name}", sha256)
-            with open(f"{directory}/{file_name}", "wb") as file:
-                file.write(content)
-        return
-    # vocab.json maps characters to ids. GPT-2 represents each byte by one character: the printable
-    # bytes of Latin-1 by themselves, the others by the characters from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    vocab = {chr(byte): byte for byte in printable}
-    for i, byte in enumerate(others):
-        vocab[chr(256 + i)] = byte
-    vocab["<|endoftext|>"] = 256
-    with open(f"{directory}/vocab.json", "w", encoding="utf-8") as file:
-        json.dump(vocab, file)
-    with open(f"{directory}/merges.txt", "w", encoding="utf-8") as file:
-        file.write("#version: 0.2\n")  # no merges
-
-
-# --- end of copied block: write_tokenizer_files ---
-
-
 # -------------------------------------------------------------------------------------- data set
-# --- copied block: read_json ---
-def read_json(path):
-    """Return the JSON object in a file as a dict.
-
-    Raises ValueError if the content is not a JSON object, OSError if the file cannot be read.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is not a regular file")  # opening a named pipe would wait forever
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not contain a JSON object")
-    return content
-
-
-# --- end of copied block: read_json ---
-
-
-# --- copied block: read_meta ---
-VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
-
-
-def check_shards(shards, path):
-    """Raise ValueError unless shards is a list that describes shards, as meta.json has it."""
-    if not isinstance(shards, list):
-        raise ValueError(f"{path}: shards is not a list")
-    for shard in shards:
-        if not isinstance(shard, dict):
-            raise ValueError(f"{path}: {shard!r} does not describe a shard")
-        name, tokens, sha256 = shard.get("file"), shard.get("tokens"), shard.get("sha256")
-        # A plain name cannot point to a file outside the directory.
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.(npy|bin)", name):
-            raise ValueError(f"{path}: {name!r} is not the name of a shard")
-        if type(tokens) is not int or not 0 <= tokens < 2**62:
-            raise ValueError(f"{path}: {name} has {tokens!r} tokens")
-        if sha256 and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
-            raise ValueError(f"{path}: {sha256!r} is not a SHA-256")
-
-
-def read_meta(directory):
-    """Return the checked content of a data set's meta.json.
-
-    Raises ValueError if the content is wrong, OSError if the file cannot be read.
-    """
-    path = f"{directory}/meta.json"
-    meta = read_json(path)
-    tokenizer, vocab_size = meta.get("tokenizer"), meta.get("vocab_size")
-    if not isinstance(tokenizer, str) or VOCAB_SIZES.get(tokenizer) != vocab_size:
-        raise ValueError(f"{path}: tokenizer {tokenizer!r} with vocab_size {vocab_size!r} is not supported")
-    check_shards(meta.get("shards"), path)
-    return meta
-
-
-# --- end of copied block: read_meta ---
-
-
-def check_out_dir(out_dir, tokenizer_name, source):
-    """Exit with an error if out_dir contains other files: they must not be overwritten."""
-    if not os.path.isdir(out_dir) or not os.listdir(out_dir):
-        return
-    try:
-        # read_meta checks all names and types: meta.json may have been edited or damaged
-        meta = read_meta(out_dir)
-    except (OSError, ValueError) as error:
-        fail(f"--out_dir {out_dir} contains other files ({error}): choose another --out_dir")
-    if meta["tokenizer"] != tokenizer_name or meta.get("source") != source:
-        fail(
-            f"--out_dir {out_dir} contains a data set with another text or file name, --tokenizer or "
-            "--val_fraction: choose another --out_dir, or delete it"
-        )
-
-
-def is_complete(out_dir):
-    """Return whether out_dir contains a data set with all its files and correct checksums.
-
-    Call check_out_dir first, which makes sure that out_dir contains nothing else.
-    """
-    if not os.path.exists(f"{out_dir}/meta.json"):
-        return False
-    shards = read_meta(out_dir)["shards"]
-    if [shard.get("split") for shard in shards] != ["train", "val"]:
-        return False
-    for shard in shards:
-        path = f"{out_dir}/{shard['file']}"
-        if not os.path.isfile(path) or sha256_of(path) != shard.get("sha256"):
-            return False
-    tokenizer_files = (f"{out_dir}/vocab.json", f"{out_dir}/merges.txt")
-    return all(os.path.isfile(path) for path in tokenizer_files)
+def tokenize(tokenizer, text):
+    """Return the tokens of a document, uint16 (N,), beginning with the end-of-text token."""
+    # a list of Python integers would need many times the memory of these arrays
+    if tokenizer.name == "bytes":
+        tokens = np.frombuffer(text.encode(), np.uint8)
+    else:
+        # no special tokens are allowed: <|endoftext|> in the text is text like any other
+        tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
+    shard = np.empty(1 + len(tokens), "<u2")
+    shard[0] = tokenizer.eot_token
+    shard[1:] = tokens
+    return shard
 
 
 def write_data_set(out_dir, parts, tokenizer_name, source):
     """Write a data set with one shard per split: parts is {"train": text, "val": text}.
 
-    Returns the content of meta.json. Raises ValueError if a text cannot be tokenized, OSError if a
-    file cannot be written.
+    Returns the content of meta.json.
     """
-    # The tokenizer comes first: if it cannot be loaded, nothing is written.
-    tokenizer = get_tokenizer(tokenizer_name)
-    out_dir = os.path.abspath(out_dir)
-    # The name of a shard consists of letters, digits and the characters _ . -
-    name = re.sub(r"[^\w.-]|^[.-]", "_", os.path.basename(out_dir))
+    advice = "use --tokenizer bytes, connect to the network once, or set TIKTOKEN_CACHE_DIR"
+    with explain("cannot load GPT-2's vocabulary", advice):
+        tokenizer = get_tokenizer(tokenizer_name)
+    # train_gpt2.py reads the values of the tokenizer and the list of shards
     meta = {
         "tokenizer": tokenizer_name,
         "vocab_size": tokenizer.n_vocab,
@@ -297,58 +102,124 @@ def write_data_set(out_dir, parts, tokenizer_name, source):
         "source": source,
         "shards": [],
     }
-    # All files are written to a temporary directory, which is deleted at the end. It is next to
-    # out_dir, because files cannot be renamed from one file system to another.
+    out_dir = os.path.abspath(out_dir)
+    # the name of a shard consists of letters, digits and the characters _ . -
+    name = re.sub(r"[^\w.-]|^[.-]", "_", os.path.basename(out_dir))
+    # Write everything to a directory inside a temporary one, and rename it at the end: the data set
+    # is complete or absent. The temporary directory is next to out_dir, because a directory cannot
+    # be renamed to another file system.
     parent_dir = os.path.dirname(out_dir)
     os.makedirs(parent_dir, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".tmp", dir=parent_dir) as temporary_dir:
-        # a directory inside it, which can be renamed while TemporaryDirectory still deletes its own
         new_dir = f"{temporary_dir}/{name}"
         os.mkdir(new_dir)
-
-        # write the shards and the tokenizer, then meta.json
+        # write the shards, then the tokenizer, then meta.json
         for split, text in parts.items():
-            tokens = tokenize(tokenizer, text)  # (N,)
+            tokens = tokenize(tokenizer, text)
             file_name = f"{name}_{split}_000000.npy"
-            np.save(f"{new_dir}/{file_name}", tokens)
-            shard = {
-                "file": file_name,
-                "split": split,
-                "tokens": len(tokens),
-                "sha256": sha256_of(f"{new_dir}/{file_name}"),
-            }
+            path = f"{new_dir}/{file_name}"
+            with atomic_write(path) as file:
+                np.save(file, tokens)
+            shard = {"file": file_name, "split": split, "tokens": len(tokens), "sha256": sha256_of(path)}
             meta["shards"].append(shard)
         write_tokenizer_files(tokenizer_name, new_dir)
-        with open(f"{new_dir}/meta.json", "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-
-        move_files(new_dir, out_dir)
+        write_json(f"{new_dir}/meta.json", meta)
+        if os.path.isdir(out_dir):
+            os.rmdir(out_dir)  # it is empty; Windows does not rename to a directory that exists
+        os.rename(new_dir, out_dir)
     return meta
 
 
-def move_files(source_dir, out_dir):
-    """Rename source_dir to out_dir atomically.
+def is_written(out_dir, tokenizer_name, source):
+    """Return whether out_dir contains this data set. Exits with an error if it has other files."""
+    if not os.path.isdir(out_dir) or not os.listdir(out_dir):
+        return False
+    # the directory was renamed when it was complete: a right meta.json is enough
+    with explain(f"--out_dir {out_dir} contains other files", "choose another --out_dir, or delete it"):
+        with open(f"{out_dir}/meta.json", encoding="utf-8") as file:
+            meta = json.load(file)
+        if (meta["tokenizer"], meta["source"]) != (tokenizer_name, source):
+            raise ValueError("a data set with another text, --tokenizer or --val_fraction")
+    return True
 
-    If that is impossible, move the files one by one. This happens if out_dir exists (a damaged data
-    set is repaired), or if directories cannot be renamed, as on some cloud file systems.
+
+# ------------------------------------------------------------------------------ shared functions
+# --- copied block: get_tokenizer ---
+def get_tokenizer(name):
+    """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
+
+    tiktoken downloads GPT-2's vocabulary on first use, or reads it from TIKTOKEN_CACHE_DIR.
     """
-    try:
-        os.replace(source_dir, out_dir)
-        return
-    except OSError:
-        pass  # continue below
-    # No file of out_dir is deleted: it may contain files that are not part of the data set.
-    os.makedirs(out_dir, exist_ok=True)
-    # meta.json comes first. Until all files are there, readers then report a missing shard or a
-    # wrong checksum. Without meta.json, they would take the directory for GPT-2 tokens of another
-    # project.
-    file_names = [name for name in sorted(os.listdir(source_dir)) if name != "meta.json"]
-    for file_name in ["meta.json", *file_names]:
-        os.replace(f"{source_dir}/{file_name}", f"{out_dir}/{file_name}")
+    if name == "gpt2":
+        return tiktoken.get_encoding("gpt2")
+    return tiktoken.Encoding(
+        name,
+        pat_str=r"(?s:.{1,1000})",  # where text is split does not matter: no tokens are merged
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 256},
+    )
+
+
+# --- end of copied block: get_tokenizer ---
+
+
+# --- copied block: write_tokenizer_files ---
+def write_tokenizer_files(name, directory):
+    """Write vocab.json and merges.txt, from which transformers builds the tokenizer."""
+    if name == "gpt2":
+        # OpenAI's files, which tiktoken downloads and keeps in its cache
+        url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+        vocab_sha256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+        merges_sha256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+        vocab = tiktoken.load.read_file_cached(f"{url}/encoder.json", vocab_sha256)
+        merges = tiktoken.load.read_file_cached(f"{url}/vocab.bpe", merges_sha256)
+    else:
+        # GPT-2 writes each byte as one character: the printable bytes of Latin-1 as themselves, the
+        # others as the characters from 256 on. There are no merges.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        ids = {chr(byte): byte for byte in printable}
+        ids.update({chr(256 + i): byte for i, byte in enumerate(others)})
+        ids["<|endoftext|>"] = 256
+        vocab = json.dumps(ids).encode()
+        merges = b"#version: 0.2\n"
+    with atomic_write(f"{directory}/vocab.json") as file:
+        file.write(vocab)
+    with atomic_write(f"{directory}/merges.txt") as file:
+        file.write(merges)
+
+
+# --- end of copied block: write_tokenizer_files ---
+
+
+# --- copied block: files ---
+@contextmanager
+def atomic_write(path):
+    """Open a binary file that gets its name only when it is complete and on the disk."""
+    with open(f"{path}.tmp", "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def write_json(path, content):
+    """Write a JSON file atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
+
+
+def sha256_of(path):
+    """Return the SHA-256 of a file in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- end of copied block: files ---
 
 
 # ---------------------------------------------------------------------------------- command line
-# --- copied block: fail ---
+# --- copied block: errors ---
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
     one_line = " ".join(str(message).split())  # some messages have several lines
@@ -356,108 +227,67 @@ def fail(message):
     sys.exit(2)
 
 
-# --- end of copied block: fail ---
+@contextmanager
+def explain(problem, advice):
+    """Turn any error in the with block into one line that says what failed, why, and what to do.
 
-
-# --- copied block: run_script ---
-def run_script(main):
-    """Call main() with output that suits terminals, pipes and files.
-
-    Each line appears at once, and "?" replaces characters that the terminal cannot encode. If the
-    program that reads the output has ended, as in "| head", the script ends silently. Any other
-    OSError, for example a full disk, is reported in one line.
+    For blocks that use something from outside: damaged files raise errors of many types.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the shell, as in ">&-"
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (stays open)
-        elif hasattr(stream, "reconfigure"):  # Jupyter's streams have no such method
-            stream.reconfigure(errors="replace", line_buffering=True)
     try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os._exit(0)  # a normal exit would write to the closed pipe again
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        os._exit(1)  # a normal exit would try to flush stdout again
+        yield
+    except Exception as error:
+        # the messages of other types, such as KeyError, say nothing without the type
+        is_clear = isinstance(error, (OSError, ValueError)) and str(error)
+        reason = error if is_clear else f"{type(error).__name__}: {error}"
+        fail(f"{problem} ({reason}): {advice}")
 
 
-# --- end of copied block: run_script ---
+# --- end of copied block: errors ---
 
 
 def parse_args():
     """Parse and check the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: fail(f"{message}: see --help")  # argparse's own errors in one line
-    text_group = parser.add_mutually_exclusive_group()
-    text_group.add_argument("--input", default="input.txt", help="UTF-8 text file (default: input.txt)")
-    text_group.add_argument(
-        "--download",
-        action="store_true",
-        help=f"download Tiny Shakespeare (1.1 MB) to {TINY_SHAKESPEARE_PATH} and use it",
-    )
-    parser.add_argument("--out_dir", default="shakespeare", help="directory to write to (default: shakespeare)")
-    parser.add_argument(
-        "--tokenizer",
-        choices=["bytes", "gpt2"],
-        default="bytes",
-        help="bytes: one token per byte; gpt2: GPT-2's tokens (default: bytes)",
-    )
-    parser.add_argument(
-        "--val_fraction",
-        type=float,
-        default=0.1,
-        help="fraction of the text that is kept for validation (default: 0.1)",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}: see --help")
+    add = parser.add_argument
+    add("--input", default="input.txt", help="UTF-8 text file (default: %(default)s)")
+    add("--download", action="store_true", help="download Tiny Shakespeare (1.1 MB), and use it instead of --input")
+    add("--out_dir", default="shakespeare", help="output directory (default: %(default)s)")
+    add("--tokenizer", choices=["bytes", "gpt2"], default="bytes", help="default: bytes, one token per byte")
+    add("--val_fraction", type=float, default=0.1, help="fraction for validation (default: %(default)s)")
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
-        fail(f"--val_fraction is {args.val_fraction}: it must be between 0 and 1")
+        fail(f"--val_fraction {args.val_fraction} is not between 0 and 1: use for example 0.1")
     return args
 
 
 def main():
     args = parse_args()
-
     # read the text, and download it first if asked to
     path = download_tiny_shakespeare() if args.download else args.input
     text = read_text(path)
 
-    # split it: the first part is for training, the rest for validation
+    # split the text: the first part is for training, the rest for validation
     n = int((1 - args.val_fraction) * len(text))
+    if not 0 < n < len(text):
+        fail(f"{path} is too short to split it with --val_fraction {args.val_fraction}: use a longer text")
     parts = {"train": text[:n], "val": text[n:]}
-    if not parts["train"] or not parts["val"]:
-        fail(
-            f"{path} has {len(text)} characters, not enough to split with --val_fraction "
-            f"{args.val_fraction}: use a longer text"
-        )
 
-    # the source goes into meta.json, so that a later run can see whether out_dir contains the data
-    # set of the same text
+    # do nothing if an earlier run wrote this data set: it has the same source in its meta.json
     source = {
         "input": os.path.basename(path),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "val_fraction": args.val_fraction,
     }
-
-    # do nothing if an earlier run has already written this data set
-    check_out_dir(args.out_dir, args.tokenizer, source)
-    if is_complete(args.out_dir):
+    del text  # the parts are copies, and a long text should not be in memory twice
+    if is_written(args.out_dir, args.tokenizer, source):
         print(f"{args.out_dir} already contains this data set")
         return
-
-    # tokenize the parts, and write them
-    try:
+    with explain(f"cannot write --out_dir {args.out_dir}", "choose another --out_dir"):
         meta = write_data_set(args.out_dir, parts, args.tokenizer, source)
-    except ValueError as error:
-        fail(f"{error}, or use --tokenizer bytes")
-    except OSError as error:
-        fail(f"cannot write --out_dir {args.out_dir} ({error}): choose another --out_dir")
-    # print what was written
     for shard in meta["shards"]:
         print(f"{args.out_dir}/{shard['file']}: {shard['tokens']:,} tokens")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

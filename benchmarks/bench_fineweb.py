@@ -1,25 +1,21 @@
 """
-Compare the speed of fineweb.py with other ways to tokenize the same documents.
+Compare the speed of fineweb.py with a pool of processes on the same documents.
 
     python benchmarks/bench_fineweb.py --source ../shared/data/books/*.parquet
-    python benchmarks/bench_fineweb.py --source books/*.parquet --before old/fineweb.py
 
 In turns, --rounds times each, with two workers that are running and warm before the clock starts:
 
-(a) fineweb.py: reads parquet, tokenizes in threads, writes and flushes a shard;
-(b) a multiprocessing pool that encodes document by document, as most tokenizing scripts do: the documents
-    are in memory, and each becomes a list, then an array, then a part of a shard;
-(c) two processes that only encode documents that they hold already, and discard the tokens.
+- fineweb.py reads a parquet file, tokenizes it in threads, and writes and flushes two shards;
+- a multiprocessing pool encodes document by document, as most tokenizing scripts do: the documents
+  are in memory, and each becomes a list, then an array, then a part of a shard.
 
-With --before, also (d): the whole command `python OLD_FINEWEB.py` and `python fineweb.py` on the same files.
-Prints the medians, and the ratios round by round. Takes about two minutes.
+Both must have the same tokens. Prints the medians, and the ratios round by round. Takes about a
+minute.
 """
 
 import argparse
 import multiprocessing
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,28 +25,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
-from common import HEADER, ROOT, row
+from common import HEADER, row
 
 import fineweb
 
 WORKERS = 2
+TASK = f"tokenizing, {WORKERS} workers"
 
 
-# ----------------------------------------------------------------------------- (a) fineweb.py
-def run_fineweb(pool, fast, source, directory, number):
-    """Make one shard of a parquet file, as fineweb.py does. Returns the seconds it takes."""
+def run_fineweb(pool, tokenizer, path, directory, num_tokens):
+    """Make two shards of a parquet file, as fineweb.py does. Returns the seconds and all tokens."""
     args = SimpleNamespace(workers=WORKERS, text_column="text")
-    settings = {"eot_token": 50256, "source": {"world_size": 1}}
+    settings = {"eot_token": tokenizer.end_of_text, "source": {"repo_id": None}}
     started = time.perf_counter()
-    writer = fineweb.ShardWriter(directory, fineweb.State(settings, rank=0), number, number)
-    for batch in fineweb.tokenize_file(pool, fast, source, args.text_column, 0, 4 * WORKERS):
-        writer.add(batch)
+    state = fineweb.State(settings)
+    writer = fineweb.ShardWriter(directory, state, num_tokens // 2 + 1, max_tokens=None)
+    for file, batch, tokens in fineweb.tokenize_files(args, tokenizer, [path], state, pool):
+        writer.add(file, batch, tokens)
+    writer.finish()
     seconds = time.perf_counter() - started
-    assert writer.state.tokens == number
-    return seconds
+    shards = [np.load(f"{directory}/{shard['file']}") for shard in state.shards]
+    return seconds, np.concatenate(shards)
 
 
-# ------------------------------------------------------------------------- (b) pool of documents
 def encode_document(text):
     """Return the tokens of one document as uint16."""
     enc = tiktoken.get_encoding("gpt2")
@@ -61,60 +58,18 @@ def encode_document(text):
     return tokens.astype(np.uint16)
 
 
-def run_document_pool(pool, texts, directory, number):
-    """Collect the tokens of all documents in a shard, and save it. Returns the seconds it takes."""
+def run_document_pool(pool, texts, directory, num_tokens):
+    """Collect the tokens of all documents in a shard, and save it. Returns seconds and tokens."""
     started = time.perf_counter()
-    shard = np.empty(number, np.uint16)
+    shard = np.empty(num_tokens, np.uint16)
     used = 0
     for tokens in pool.imap(encode_document, texts, chunksize=16):
         shard[used : used + len(tokens)] = tokens
         used += len(tokens)
     np.save(f"{directory}/documents.npy", shard)
-    seconds = time.perf_counter() - started
-    assert used == number
-    return seconds
+    return time.perf_counter() - started, shard
 
 
-# --------------------------------------------------------------------------- (c) only encoding
-def only_encode(texts, barrier, seconds):
-    """Encode texts in this process, and put the time that it takes into a queue."""
-    enc = tiktoken.get_encoding("gpt2")
-    enc.encode_ordinary(texts[0])
-    barrier.wait()  # all processes are ready
-    started = time.perf_counter()
-    for text in texts:
-        enc.encode_ordinary(text)
-    seconds.put(time.perf_counter() - started)
-
-
-def run_only_encoding(texts):
-    """Encode texts in two processes. Returns the seconds of the slower one."""
-    context = multiprocessing.get_context("spawn")
-    barrier, seconds = context.Barrier(WORKERS), context.Queue()
-    processes = []
-    for i in range(WORKERS):
-        part = texts[i::WORKERS]
-        processes.append(context.Process(target=only_encode, args=(part, barrier, seconds)))
-    for process in processes:
-        process.start()
-    slowest = max(seconds.get() for _ in processes)
-    for process in processes:
-        process.join()
-    return slowest
-
-
-# ---------------------------------------------------------------------------- (d) whole commands
-def run_command(script, sources):
-    """Run a fineweb.py on parquet files in its own process. Returns the seconds it takes."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, script, "--source", *sources, "--local_dir", f"{folder}/out"]
-        command += ["--shard_size", "10000000", "--workers", str(WORKERS)]
-        started = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - started
-
-
-# -------------------------------------------------------------------------------- command line
 def read_texts(paths, max_bytes):
     """Return the first documents of parquet files, up to about max_bytes, and their size."""
     texts, size = [], 0
@@ -127,64 +82,43 @@ def read_texts(paths, max_bytes):
     return texts, size
 
 
-def describe_ratios(seconds, other_seconds):
-    """Return "median (smallest to largest)" of the ratios of two lists of times, round by round."""
-    ratios = [other / own for own, other in zip(seconds, other_seconds, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-
-
-def parse_args():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", nargs="+", required=True, help="parquet files with a column text")
     parser.add_argument("--megabytes", type=int, default=40, help="megabytes of text to use (default: 40)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each way (default: 5)")
-    parser.add_argument("--before", metavar="FILE", help="another fineweb.py to compare whole commands with")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     texts, size = read_texts(args.source, args.megabytes * 1e6)
     print(f"{len(texts):,} documents, {size / 1e6:.1f} MB, medians of {args.rounds} rounds, {WORKERS} workers")
-    enc = tiktoken.get_encoding("gpt2")
-    fast = fineweb.without_look_ahead(enc)
-    number = sum(1 + len(enc.encode_ordinary(text)) for text in texts)
-    context = multiprocessing.get_context("spawn")
-    times = {"a": [], "b": [], "c": []}
+    encoding = tiktoken.get_encoding("gpt2")
+    tokenizer = fineweb.FastTokenizer(encoding)
+    num_tokens = sum(1 + len(encoding.encode_ordinary(text)) for text in texts)
 
+    ours, pool_of_documents = [], []  # seconds
+    spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        source = f"{folder}/texts.parquet"
-        pq.write_table(pa.table({"text": texts}), source, row_group_size=1000, compression="zstd")
-        with ThreadPoolExecutor(WORKERS) as threads, context.Pool(WORKERS) as processes:
+        path = f"{folder}/texts.parquet"
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=1000, compression="zstd")
+        with ThreadPoolExecutor(WORKERS) as threads, spawn.Pool(WORKERS) as processes:
             # warm up: start the threads and processes, and load the vocabulary in each
-            list(threads.map(lambda text: fineweb.tokenize(fast, pa.array([text])), texts[:50]))
+            list(threads.map(lambda text: tokenizer.encode(pa.array([text], pa.large_string())), texts[:50]))
             processes.map(encode_document, texts[:200], chunksize=1)
             for _ in range(args.rounds):
-                times["a"].append(run_fineweb(threads, fast, source, folder, number))
-                times["b"].append(run_document_pool(processes, texts, folder, number))
-                times["c"].append(run_only_encoding(texts))
+                seconds, tokens = run_fineweb(threads, tokenizer, path, folder, num_tokens)
+                ours.append(seconds)
+                seconds, expected = run_document_pool(processes, texts, folder, num_tokens)
+                pool_of_documents.append(seconds)
+                assert np.array_equal(tokens, expected), "the tokens differ"
 
-    names = {"a": "fineweb.py", "b": "pool of documents", "c": "only encoding"}
-    speeds = {}  # megabytes per second
-    for key, name in names.items():
-        speeds[key] = size / 1e6 / statistics.median(times[key])
-        rounds = " ".join(f"{size / 1e6 / seconds:.2f}" for seconds in times[key])
-        tokens_per_second = number * speeds[key] / size  # in millions
-        print(f"({key}) {name:20} {speeds[key]:6.2f} MB/s   {tokens_per_second:5.2f}M tok/s   ({rounds})")
-
-    if args.before:
-        before, now = [], []
-        for _ in range(args.rounds):
-            before.append(run_command(args.before, args.source))
-            now.append(run_command(f"{ROOT}/fineweb.py", args.source))
-        print(f"(d) whole commands: {statistics.median(now):.1f} s, before {statistics.median(before):.1f} s, ", end="")
-        print(f"ratio {describe_ratios(now, before)}")
-
-    ours = f"{speeds['a']:.1f} MB/s, {number * speeds['a'] / size:.2f}M tokens/s"
-    peer = f"pool of documents: {speeds['b']:.1f} MB/s"
-    ratios = [other / own for own, other in zip(times["a"], times["b"], strict=True)]
-    limit = f"{describe_ratios(times['a'], times['c'])} of bare encoding"
-    print(f"\n{HEADER}\n{row(f'tokenizing, {WORKERS} workers', ours, peer, ratios, limit)}")
+    for name, rounds in (("fineweb.py", ours), ("pool of documents", pool_of_documents)):
+        speeds = " ".join(f"{size / 1e6 / seconds:.2f}" for seconds in rounds)
+        print(f"{name:20} {speeds} MB/s")
+    megabytes, million_tokens = size / 1e6, num_tokens / 1e6
+    fast, slow = statistics.median(ours), statistics.median(pool_of_documents)
+    our_speed = f"{megabytes / fast:.1f} MB/s, {million_tokens / fast:.2f}M tokens/s"
+    peer_speed = f"pool of documents: {megabytes / slow:.1f} MB/s"
+    ratios = [other / own for own, other in zip(ours, pool_of_documents, strict=True)]
+    print(f"\n{HEADER}\n{row(TASK, our_speed, peer_speed, ratios, '')}")
 
 
 if __name__ == "__main__":

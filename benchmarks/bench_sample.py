@@ -13,14 +13,14 @@ to read all weights, and the keys and values of all samples. The memory bandwidt
 as the speed of the sum of a large tensor.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from functools import partial
 
 import torch
-from common import HEADER, machine_name, row, synchronize
+from common import HEADER, environment, make_parser, row, synchronize
 
 import sample
 
@@ -36,87 +36,62 @@ def measure_bandwidth(device):
     return x.nbytes / min(seconds)
 
 
-class Sampler:
-    """Greedy sampling with sample.py."""
-
-    def __init__(self, directory, device, dtype):
-        self.model = sample.GPT.from_pretrained(directory, device, dtype)
-
-    def run(self, prompt_tokens, num_samples, max_new_tokens):
-        """Return the new tokens (num_samples, max_new_tokens)."""
-        greedy = partial(sample.sample_token, temperature=0)
-        steps = sample.generate(self.model, prompt_tokens, num_samples, max_new_tokens, greedy)
-        return torch.stack(list(steps), dim=1)
+def sample_here(model, prompt_tokens, B, max_new_tokens):
+    """Return the new tokens (B, max_new_tokens) of sample.py."""
+    greedy = partial(sample.sample_token, temperature=0)
+    steps = sample.generate(model, prompt_tokens, B, max_new_tokens, greedy)
+    return torch.stack(list(steps), dim=1)
 
 
-class TransformersSampler:
-    """Greedy sampling with transformers' generate."""
-
-    def __init__(self, model):
-        self.model = model
-        self.model.generation_config.eos_token_id = None  # never stop early
-
-    def run(self, prompt_tokens, num_samples, max_new_tokens):
-        """Return the new tokens (num_samples, max_new_tokens)."""
-        prompt = torch.tensor([prompt_tokens], device=self.model.device)
-        idx = prompt.expand(num_samples, -1)
-        output = self.model.generate(
-            idx,
-            attention_mask=torch.ones_like(idx),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=0,
-        )
-        return output[:, len(prompt_tokens) :]
+def sample_by_transformers(model, prompt_tokens, B, max_new_tokens):
+    """Return the new tokens (B, max_new_tokens) of transformers' generate."""
+    idx = torch.tensor([prompt_tokens] * B, device=model.device)
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": 0}
+    output = model.generate(idx, attention_mask=torch.ones_like(idx), **options)
+    return output[:, len(prompt_tokens) :]
 
 
-def get_args():
+def parse_args():
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--n_layer", type=int, default=12, help="number of layers (default: 12)")
-    parser.add_argument("--n_head", type=int, default=12, help="number of heads (default: 12)")
-    parser.add_argument("--n_embd", type=int, default=768, help="channels (default: 768)")
-    parser.add_argument(
-        "--batch_sizes",
-        type=int,
-        nargs="+",
-        default=[1, 4],
-        help="numbers of samples in parallel to measure (default: 1 4)",
-    )
-    parser.add_argument("--prompt_tokens", type=int, default=32, help="length of the random prompt (default: 32)")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="new tokens per sample (default: 128)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one to warm up (default: 5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    parser.add_argument(
-        "--dtype",
-        choices=list(sample.DTYPES),
-        default="float32",
-        help="dtype of both models (default: float32)",
-    )
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--n_layer", type=int, default=12, help="number of layers")
+    add("--n_head", type=int, default=12, help="number of heads")
+    add("--n_embd", type=int, default=768, help="number of channels")
+    add("--batch_sizes", type=int, nargs="+", default=[1, 4], help="numbers of samples in parallel to measure")
+    add("--prompt_tokens", type=int, default=32, help="length of the random prompt")
+    add("--max_new_tokens", type=int, default=128, help="new tokens per sample")
+    add("--rounds", type=int, default=5, help="timed rounds, after one to warm up")
+    add("--device", default="auto", help="auto, cpu, cuda, ...")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of both models")
     return parser.parse_args()
 
 
 def main():
-    args = get_args()
+    args = parse_args()
     import transformers  # imported here because it is slow
 
     transformers.utils.logging.disable_progress_bar()
     torch.backends.cuda.enable_cudnn_sdp(False)  # as sample.py does
     device = sample.pick_device(args.device)
-    dtype = sample.DTYPES[args.dtype]
+    dtype = getattr(torch, args.dtype)
 
-    # Both models have the same random weights.
+    # both models have the same random weights
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-    peer_model = transformers.GPT2LMHeadModel(config).eval()
+    peer = transformers.GPT2LMHeadModel(config).eval()
+    peer.generation_config.eos_token_id = None  # never stop early
     with tempfile.TemporaryDirectory() as directory:
-        peer_model.save_pretrained(directory)
-        samplers = {"sample.py": Sampler(directory, device, dtype)}
-    samplers["transformers"] = TransformersSampler(peer_model.to(device, dtype))
+        peer.save_pretrained(directory)
+        model, _, _ = sample.load_model(directory, device, dtype)
+    samplers = {
+        "sample.py": partial(sample_here, model),
+        "transformers": partial(sample_by_transformers, peer.to(device, dtype)),
+    }
     prompt_tokens = torch.randint(config.vocab_size, (args.prompt_tokens,)).tolist()
 
-    # Rounds: every contestant once for each batch size. Round 0 warms up.
-    rates = {(name, B): [] for B in args.batch_sizes for name in samplers}
+    # rounds: each sampler once for each batch size; round 0 warms up
+    rates = defaultdict(list)  # (name, batch size): tokens per second of each round
     is_equal = dict.fromkeys(args.batch_sizes, True)
     bandwidth = measure_bandwidth(device)
     for i in range(args.rounds + 1):
@@ -125,24 +100,19 @@ def main():
             for name, sampler in samplers.items():
                 synchronize(device.type)
                 start = time.perf_counter()
-                tokens[name] = sampler.run(prompt_tokens, B, args.max_new_tokens)
+                tokens[name] = sampler(prompt_tokens, B, args.max_new_tokens)
                 synchronize(device.type)
-                seconds = time.perf_counter() - start
                 if i > 0:
-                    rates[name, B].append(B * args.max_new_tokens / seconds)
-            if not torch.equal(tokens["sample.py"], tokens["transformers"]):
-                is_equal[B] = False
+                    rates[name, B].append(B * args.max_new_tokens / (time.perf_counter() - start))
+            is_equal[B] &= torch.equal(tokens["sample.py"], tokens["transformers"])
         bandwidth = max(bandwidth, measure_bandwidth(device))
 
-    # The table.
-    num_parameters = peer_model.num_parameters()
-    read_per_step = num_parameters - peer_model.transformer.wpe.weight.numel()
+    # the table
+    num_parameters = peer.num_parameters()
+    read_per_step = num_parameters - peer.transformer.wpe.weight.numel()
     mean_length = args.prompt_tokens + args.max_new_tokens / 2
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {machine_name(device.type)}, "
-        f"{args.prompt_tokens} + {args.max_new_tokens} tokens, "
-        f"medians of {args.rounds} rounds, tokens of all samples together\n\n{HEADER}"
-    )
+    print(f"{environment(device.type)}, {args.prompt_tokens} + {args.max_new_tokens} tokens, {args.rounds} rounds")
+    print(f"\n{HEADER}")
     for B in args.batch_sizes:
         ours = statistics.median(rates["sample.py", B])
         peers = statistics.median(rates["transformers", B])
@@ -151,10 +121,9 @@ def main():
         bytes_per_step = (read_per_step + cached) * dtype.itemsize
         fraction = bytes_per_step * (ours / B) / bandwidth
         task = f"sampling, {num_parameters / 1e6:.0f}M, B={B}, {args.dtype}"
-        peer = f"transformers' generate: {peers:,.1f} tokens/s"
         equality = "tokens equal" if is_equal[B] else "tokens DIFFER"
         limit = f"{fraction:.0%} of the memory's {bandwidth / 1e9:.1f} GB/s, {equality}"
-        print(row(task, f"{ours:,.1f} tokens/s", peer, ratios, limit))
+        print(row(task, f"{ours:,.1f} tokens/s", f"transformers' generate: {peers:,.1f} tokens/s", ratios, limit))
 
 
 if __name__ == "__main__":

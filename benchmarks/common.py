@@ -1,5 +1,6 @@
 """What the benchmarks share: their table, the machine's name, and the speed of its matmuls."""
 
+import argparse
 import os
 import statistics
 import sys
@@ -14,20 +15,39 @@ if ROOT not in sys.path:
 HEADER = "| task | ours | peer | ratio (range) | fraction of the limit |\n|---|---|---|---|---|"
 
 
-def row(task, ours, peer, ratios, limit):
-    """Return a row of the table. ratios are those of the single rounds; their median is shown first."""
-    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and shows the defaults."""
+
+
+def make_parser(description):
+    """Return a parser whose help shows a benchmark's docstring and the defaults of its flags."""
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+
+
+def row(task, ours, peer="", ratios=(), limit=""):
+    """Return a row of the table.
+
+    ratios are those of the single rounds: their median and their range are shown.
+    """
+    ratio = ""
+    if ratios:
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     return f"| {task} | {ours} | {peer} | {ratio} | {limit} |"
 
 
 def failed_row(task, reason):
     """Return a row of the table for something that could not be measured."""
     reason = " ".join(str(reason).split()).replace("|", "/")
-    return f"| {task} | failed: {reason[:200]} | | | |"
+    return row(task, f"failed: {reason[:200]}")
+
+
+def environment(device):
+    """Return one line about what was measured: the version of PyTorch, the machine and the date."""
+    return f"torch {torch.__version__}, {machine_name(device)}, {time.strftime('%Y-%m-%d')}"
 
 
 def machine_name(device):
-    """Return the name of the GPU, or that of the CPU with the number of threads and its fast bfloat16 units."""
+    """Return the name of the GPU, or of the CPU with its threads and its fast bfloat16 units."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = "CPU"
@@ -47,8 +67,9 @@ def synchronize(device):
 
 
 def matmul_peak(device, dtype):
-    """Return the FLOP/s of a large square matmul, the best of half a second of repeated measurements."""
+    """Return the FLOP/s of a large square matmul, the best within half a second."""
     n = 8192 if device == "cuda" else 2048
+    # repeat, because other programs and the clock of the processor disturb single measurements
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = 0.0
     end = time.perf_counter() + 0.5

@@ -1,35 +1,44 @@
-"""The repository as a whole: copied blocks, imports, --help, pinned requirements."""
+"""The repository as a whole: copied blocks, imports, --help, requirements, documents."""
 
 import argparse
 import ast
 import hashlib
+import importlib.util
+import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, SCRIPTS, call, load
 
+BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+BENCHMARKS = [name for name in BENCHMARKS if name not in ("common", "bfloat16_residual")]  # have no flags of their own
+DOCUMENTS = []
+for folder in (".", "docs", "docs/lessons", "benchmarks", "tests"):
+    DOCUMENTS += sorted((ROOT / folder).glob("*.md"))
+BLOCK = r"^# --- copied block: (\S+) ---\n(.*?)^# --- end of copied block: (\S+) ---\n"
 every_script = pytest.mark.parametrize("script", SCRIPTS)
-BLOCK = re.compile(
-    r"^# --- copied block: (\S+) ---\n(.*?)^# --- end of copied block: (\S+) ---\n", re.MULTILINE | re.DOTALL
-)
 
 
 def source_of(script):
     return (ROOT / f"{script}.py").read_text(encoding="utf-8")
 
 
-def find_blocks():
-    """Return {name of a copied block: {script: its text there}}."""
+# --------------------------------------------------------------------------------------- scripts
+def test_a_copied_block_is_the_same_in_all_scripts_that_have_it():
     blocks = {}
     for script in SCRIPTS:
-        for name, text, end_name in BLOCK.findall(source_of(script)):
+        found = re.findall(BLOCK, source_of(script), re.MULTILINE | re.DOTALL)
+        assert source_of(script).count("copied block") == 2 * len(found), script
+        for name, text, end_name in found:
             assert name == end_name, f"{script}.py: block {name} ends as {end_name}"
-            copies = blocks.setdefault(name, {})
-            assert script not in copies, f"{script}.py has block {name} twice"
-            copies[script] = text
-    return blocks
+            blocks.setdefault(name, {})[script] = text
+    for name, copies in blocks.items():
+        assert len(copies) >= 2, f"only {', '.join(copies)} has block {name}"
+        assert len(set(copies.values())) == 1, f"block {name} differs in {', '.join(copies)}"
 
 
 def imported_packages(script):
@@ -43,131 +52,32 @@ def imported_packages(script):
     return names
 
 
-def required_packages():
-    """Return the names of the packages in requirements.txt."""
+def test_scripts_import_the_required_packages_and_nothing_else():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    return {line.split("==")[0] for line in lines}
-
-
-# -------------------------------------------------------------------------------- copied blocks
-@pytest.mark.parametrize("name", sorted(find_blocks()))
-def test_a_copied_block_is_the_same_in_all_scripts_that_have_it(name):
-    copies = find_blocks()[name]
-    assert len(copies) >= 2, f"only {', '.join(copies)} has it"
-    assert len(set(copies.values())) == 1, f"the copies in {', '.join(copies)} differ"
-
-
-@every_script
-def test_every_mark_of_a_copied_block_belongs_to_a_block(script):
-    marks = re.findall(r"copied block", source_of(script))
-    assert len(marks) == 2 * len(BLOCK.findall(source_of(script)))
-
-
-# -------------------------------------------------------------------------------------- imports
-@every_script
-def test_no_script_imports_another(script):
-    assert not imported_packages(script) & set(SCRIPTS)
-
-
-@every_script
-def test_every_package_that_a_script_imports_is_required(script):
-    third_party = imported_packages(script) - sys.stdlib_module_names
-    assert third_party <= required_packages()
-    if script in ("bigram", "gpt"):
-        assert third_party == {"torch"}
-
-
-def test_every_required_package_is_imported_by_a_script():
-    imported = set()
+    required = {line.split("==")[0] for line in lines if not line.startswith("#")}
+    used = set()
     for script in SCRIPTS:
-        imported |= imported_packages(script)
-    assert required_packages() <= imported
-
-
-@every_script
-def test_no_script_uses_ctypes_or_a_private_name_of_another_package(script):
-    assert not imported_packages(script) & {"ctypes", "fcntl"}
-    allowed = {"_exit"}  # os._exit is documented
-    for node in ast.walk(ast.parse(source_of(script))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id != "self":
-            is_private = node.attr.startswith("_") and not node.attr.startswith("__")
-            assert not is_private or node.attr in allowed, f"{node.value.id}.{node.attr} in line {node.lineno}"
-
-
-# Imports every script after the functions that a script must not call at import were made to fail.
-IMPORT_ALL = f"""
-import argparse, importlib.util, os, signal, socket, subprocess, sys
-import filelock, numpy, requests, tiktoken, torch
-
-sys.dont_write_bytecode = True
-
-def forbidden(name):
-    def stop(*args, **kwargs):
-        raise SystemExit(f"{{script}}.py calls {{name}} when it is imported")
-    return stop
-
-argparse.ArgumentParser.parse_args = forbidden("parse_args")
-argparse.ArgumentParser.parse_known_args = forbidden("parse_known_args")
-FORBIDDEN = [
-    (torch.cuda, "is_available device_count current_device init get_device_properties get_device_name"),
-    (torch.accelerator, "is_available current_accelerator device_count"),
-    (torch.backends.mps, "is_available"),
-    (torch.distributed, "init_process_group"),
-    (torch, "manual_seed set_float32_matmul_precision"),
-    (tiktoken, "get_encoding Encoding"),
-    (filelock, "FileLock"),
-    (requests, "get"),
-    (signal, "signal"),
-    (socket, "socket create_connection"),
-    (subprocess, "Popen"),
-    (os, "makedirs mkdir"),
-]
-for module, names in FORBIDDEN:
-    for name in names.split():
-        setattr(module, name, forbidden(f"{{module.__name__}}.{{name}}"))
-for script in {SCRIPTS!r}:
-    spec = importlib.util.spec_from_file_location(script, os.path.join({str(ROOT)!r}, script + ".py"))
-    sys.modules[script] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[script])
-    assert callable(sys.modules[script].main)
-"""
+        third_party = imported_packages(script) - sys.stdlib_module_names
+        # wandb is optional, and imported only if --wandb is given
+        optional = {"wandb"} if script == "train_gpt2" else set()
+        assert third_party - optional <= required, script  # so no script imports another
+        assert script not in ("bigram", "gpt") or third_party == {"torch"}
+        assert not imported_packages(script) & {"ctypes", "fcntl"}, script  # not on every system
+        used |= third_party
+    assert required <= used
 
 
 def test_importing_a_script_does_nothing(tmp_path):
-    """No output, no file, no flags read, no device probed, no network, no process and no signal handler."""
-    line = [sys.executable, "-c", IMPORT_ALL, "--no_such_flag"]
+    """No flag is read, nothing is printed or written, and there is no network."""
+    code = f"import sys; sys.dont_write_bytecode = True; sys.path.append({str(ROOT)!r})\n"
+    code += "import " + ", ".join(SCRIPTS)
+    line = [sys.executable, "-c", code, "--no_such_flag"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
 
-@every_script
-def test_a_loaded_script_has_its_own_name(script):
-    assert load(script).__name__ == script
-
-
-# -------------------------------------------------------------------------------- command lines
-@every_script
-def test_help_explains_the_script_and_every_flag(script, monkeypatch):
-    parsers = []
-    parse_args = argparse.ArgumentParser.parse_args
-
-    def remember_and_parse(parser):
-        parsers.append(parser)
-        return parse_args(parser)
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", remember_and_parse)
-    done = call(script, "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert ast.get_docstring(ast.parse(source_of(script)), clean=False).strip() in done.stdout
-    for action in parsers[0]._actions:
-        assert action.help, action.option_strings
-        assert action.help.split()[0] in done.stdout
-        name = action.option_strings[-1] if action.option_strings else action.metavar
-        assert name in done.stdout
-
-
-# ---------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------- files
 @pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
 def test_requirements_are_pinned_exactly(file):
     lines = (ROOT / file).read_text().splitlines()
@@ -181,14 +91,169 @@ def test_requirements_are_pinned_exactly(file):
 
 def test_the_corpus_is_the_published_one():
     content = (ROOT / "input.txt").read_bytes()
-    assert hashlib.sha256(content).hexdigest() == "34a79dc2642bd1c1b01907ad2fd1b480384741cf14f39cb7b0571770efcf490b"
+    checksum = "34a79dc2642bd1c1b01907ad2fd1b480384741cf14f39cb7b0571770efcf490b"
+    assert hashlib.sha256(content).hexdigest() == checksum
     assert len(set(content.decode("utf-8"))) == 65
 
 
 def test_files_are_checked_out_with_lf_on_every_system():
     """Git on Windows converts line endings, which would change the tokens of input.txt."""
     names = ["input.txt", "train_gpt2.py", "README.md"]
-    done = subprocess.run(["git", "check-attr", "eol", *names], cwd=ROOT, capture_output=True, text=True)
+    line = ["git", "check-attr", "eol", *names]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("this copy is not a git checkout")
     assert done.stdout.splitlines() == [f"{name}: eol: lf" for name in names]
+
+
+# ---------------------------------------------------------------------------------- command lines
+class Parsed(BaseException):
+    """Raised in place of running a program. No script catches a BaseException."""
+
+
+def load_program(name, monkeypatch):
+    """Return a script or a benchmark as a module."""
+    if name in SCRIPTS:
+        return load(name)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Return a function that parses the flags of a program. It returns (parser, values)."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args):
+        raise Parsed(self, parse_args(self, *args))
+
+    def parse_flags(name, arguments):
+        module = load_program(name, monkeypatch)
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        try:
+            done = call(module, *arguments)
+            pytest.fail(f"{name}.py {shlex.join(arguments)}: {done.stderr}")
+        except Parsed as parsed:
+            return parsed.args
+        finally:
+            monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+
+    return parse_flags
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, *BENCHMARKS])
+def test_help_explains_every_flag(name, parse):
+    required = {"plot": ["log"], "bench_fineweb": ["--source", "books.parquet"]}
+    parser, _ = parse(name, required.get(name, []))
+    for action in parser._actions:
+        assert action.help, action.option_strings
+    text = parser.format_help()  # also finds a stray percent sign
+    assert "python " in text
+
+
+# python PROGRAM.py or torchrun [flags] PROGRAM.py, perhaps after variables or a time limit
+COMMAND = re.compile(
+    r"\s*(?:\w+=\S+ )*(?:timeout \d+ )?(?:\S*python3?|torchrun)\s"
+    r"(?:[^#]*?\s)?(?:benchmarks/)?(\w+)\.py\b(.*)"
+)
+
+
+def find_commands(text):
+    """Return (program, list of arguments) of every command in a text that runs one of ours."""
+    commands = []
+    for line in text.replace("\\\n", " ").splitlines():
+        for part in re.split(r"&&|;|\||`", line):
+            match = COMMAND.match(part)
+            if match:
+                arguments = shlex.split(re.sub(r" 2?>\S+", "", match[2]), comments=True)
+                commands.append((match[1], arguments))
+    return commands
+
+
+def short_name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+PROGRAMS = [ROOT / f"{name}.py" for name in SCRIPTS]
+PROGRAMS += [ROOT / "benchmarks" / f"{name}.py" for name in BENCHMARKS]
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *PROGRAMS], ids=short_name)
+def test_the_commands_of_a_document_or_docstring_parse(path, parse):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text))
+        assert path.stem in [name for name, _ in find_commands(text)]  # it shows how to run it
+    for name, arguments in find_commands(text):
+        parse(name, arguments)
+        if "--" in arguments:  # benchmarks pass what follows to the trainer
+            parse("train_gpt2", arguments[arguments.index("--") + 1 :])
+
+
+# -------------------------------------------------------------------------------------- documents
+def anchors_of(path):
+    """Return the anchors of the headings in a Markdown file."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=short_name)
+def test_links_lead_to_files_and_headings(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("http"):
+            file, _, anchor = target.partition("#")
+            linked = path.parent / file if file else path
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors_of(linked), target
+    for name in re.findall(r"\b(?:tests|docs|benchmarks)/[\w/]+\.\w+", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_documents_name_every_file_once_in_their_index():
+    for folder, names in ((ROOT, SCRIPTS), (ROOT / "benchmarks", BENCHMARKS)):
+        index = (folder / "README.md").read_text(encoding="utf-8")
+        for name in names:
+            assert len(re.findall(rf"^\| `{name}.py` \|", index, re.M)) == 1, name
+
+
+# Flags that are added to a command of the README, so that it takes seconds.
+SHORTER = {
+    "bigram": "--max_steps 20 --eval_iters 2",
+    "gpt": "--preset cpu --max_steps 2 --eval_iters 1 --max_new_tokens 4",
+    "train_gpt2": "--n_layer 1 --n_head 2 --n_embd 32 --block_size 64 --total_batch_size 128 "
+    "--max_steps 2 --val_tokens 640 --max_new_tokens 4 --device cpu",
+    "sample": "--max_new_tokens 4",
+}
+# What needs a network, hours, or the result of such a command.
+NOT_HERE = ["init_from gpt2", "model gpt2", "log_gpt2", "log_plays", "tinyshakespeare"]
+NOT_HERE += ["--download", "hellaswag.py"]
+
+
+def test_the_readme_runs_in_its_order(tmp_path, text_file, tiktoken_cache, monkeypatch):
+    """In one directory, each shortened only by flags behind it, then the examples in Python."""
+    shutil.copy(ROOT / "input.txt", tmp_path)
+    shutil.copy(text_file, tmp_path / "my_text.txt")  # the reader's own text
+    (tmp_path / "my_data").mkdir()
+    lines = [json.dumps({"text": line}) for line in text_file.read_text().splitlines() if line]
+    (tmp_path / "my_data" / "texts.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    done_before = set()
+    for script, arguments in find_commands((ROOT / "README.md").read_text(encoding="utf-8")):
+        line = re.sub(r"step_\d{6}", "step_000002", f"{script}.py {shlex.join(arguments)}")
+        if script not in SCRIPTS or line in done_before or any(part in line for part in NOT_HERE):
+            continue
+        if line == "fineweb.py ":  # ten billion tokens
+            continue
+        done = call(script, *shlex.split(line)[1:], *SHORTER.get(script, "").split())
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        done_before.add(line)
+    assert {line.split(".")[0] for line in done_before} == {*SCRIPTS} - {"hellaswag"}
+
+    for path in (ROOT / "README.md", ROOT / "docs" / "formats.md"):
+        text = path.read_text(encoding="utf-8")
+        for example in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+            exec(re.sub(r"step_\d{6}", "step_000002", example), {})

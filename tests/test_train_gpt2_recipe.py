@@ -30,6 +30,7 @@ FLAGS = tiny_flags(
     max_steps=MAX_STEPS,
     warmup_steps=WARMUP_STEPS,
     learning_rate=LEARNING_RATE,
+    weight_decay=WEIGHT_DECAY,
     grad_clip=GRAD_CLIP,
     eval_interval=EVAL_INTERVAL,
     val_tokens=VAL_WINDOWS * BLOCK_SIZE + 5,
@@ -67,11 +68,30 @@ def cosine_learning_rate(step):
     return LEARNING_RATE * (0.1 + 0.9 * (1 + math.cos(angle)) / 2)
 
 
-def train_reference(model, directory):
+def muon_step(parameter, momentum, lr, num_parts):
+    """Update the matrices in a parameter as Muon does, one after another. transformers stores them as (in, out)."""
+    momentum.lerp_(parameter.grad, 0.05)
+    update = parameter.grad.lerp(momentum, 0.95)
+    parts = []
+    for part in update.chunk(num_parts, dim=1):
+        x = part / part.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+        parts.append(0.2 * max(part.shape) ** 0.5 * x)
+    parameter.mul_(1 - lr * WEIGHT_DECAY).sub_(lr * torch.cat(parts, dim=1))
+
+
+def train_reference(model, directory, optimizer_name):
     """Train transformers' model with a plain loop. Returns {(step, kind): value}, the metrics of log.txt."""
     train = torch.cat([cut_windows(path) for path in sorted(directory.glob("*_train_*"))])
     val = torch.cat([cut_windows(path) for path in sorted(directory.glob("*_val_*"))])[:VAL_WINDOWS]
-    matrices = [p for p in model.parameters() if p.dim() == 2]
+    muon = {}  # matrix of a block -> its momentum and its number of matrices
+    if optimizer_name == "muon":
+        for name, parameter in model.transformer.h.named_parameters():
+            if parameter.dim() == 2:
+                muon[parameter] = torch.zeros_like(parameter), 3 if "c_attn" in name else 1
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p not in muon]
     vectors = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, foreach=False)
@@ -83,7 +103,7 @@ def train_reference(model, directory):
         if step == MAX_STEPS:
             return metrics
         # accumulate the gradients of the micro-batches
-        optimizer.zero_grad()
+        model.zero_grad()
         num_micro_batches = WINDOWS_PER_STEP // MICRO_BATCH_SIZE
         total = 0.0
         for i in range(num_micro_batches):
@@ -99,6 +119,9 @@ def train_reference(model, directory):
         for group in optimizer.param_groups:
             group["lr"] = cosine_learning_rate(step)
         optimizer.step()
+        with torch.no_grad():
+            for parameter, (momentum, num_parts) in muon.items():
+                muon_step(parameter, momentum, cosine_learning_rate(step), num_parts)
         metrics[step, "train"] = total
         metrics[step, "lr"] = cosine_learning_rate(step)
         metrics[step, "norm"] = norm
@@ -114,19 +137,20 @@ def random_reference(directory):
     return model
 
 
-@pytest.fixture(scope="module")
-def both_runs(tmp_path_factory):
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def both_runs(request, tmp_path_factory):
     """Train both from the same initial weights. Returns (log_dir, metrics and model of the plain loop)."""
     folder = tmp_path_factory.mktemp("recipe")
     directory = text_shards(folder / "data")
     torch.manual_seed(0)
     model = random_reference(folder / "initial")
-    flags = [*FLAGS, "--no-shuffle", "--init_from", folder / "initial"]
+    flags = [*FLAGS, "--no-shuffle", "--init_from", folder / "initial", "--optimizer", request.param]
     done = call("train_gpt2", *flags, "--data_dir", directory, "--log_dir", folder / "log")
     assert done.returncode == 0, done.stderr
-    return folder / "log", train_reference(model, directory), model
+    return folder / "log", train_reference(model, directory, request.param), model
 
 
+@pytest.mark.gpt2
 def test_every_logged_value_equals_that_of_a_plain_loop_around_transformers(both_runs):
     """45 steps in file order from equal weights, over the end of a shard and the end of an epoch."""
     log_dir, expected, _ = both_runs
@@ -148,6 +172,7 @@ def test_every_logged_value_equals_that_of_a_plain_loop_around_transformers(both
     assert max(norms) > GRAD_CLIP + 0.1
 
 
+@pytest.mark.gpt2
 def test_the_final_weights_equal_those_of_a_plain_loop_around_transformers(both_runs):
     """Except the biases of the keys: they shift all scores of a query equally, so their gradients are rounding."""
     log_dir, _, model = both_runs
@@ -171,7 +196,7 @@ def constant_shards(directory):
 
 def dropout_losses(directory, log_dir, seed, dropout=0.5):
     """Train five steps on equal windows with a learning rate of practically 0; returns the losses."""
-    flags = tiny_flags(learning_rate=1e-30, weight_decay=0, dropout=dropout, seed=seed, max_new_tokens=1)
+    flags = tiny_flags(learning_rate=1e-12, weight_decay=0, dropout=dropout, seed=seed, max_new_tokens=1)
     done = call("train_gpt2", *flags, "--data_dir", directory, "--log_dir", log_dir)
     assert done.returncode == 0, done.stderr
     return list(losses(log_dir).values())
@@ -201,7 +226,7 @@ def test_dropout_differs_between_ranks(tmp_path, monkeypatch):
             return average_over_ranks(loss, *rest)
 
         module.average_over_ranks = record
-        flags = tiny_flags(learning_rate=1e-30, weight_decay=0, dropout=0.5, micro_batch_size=4, max_new_tokens=1)
+        flags = tiny_flags(learning_rate=1e-12, weight_decay=0, dropout=0.5, micro_batch_size=4, max_new_tokens=1)
         done = call(module, *flags, "--data_dir", directory, "--log_dir", tmp_path / f"rank_{rank}")
         assert done.returncode == 0, done.stderr
     assert len(rank_losses) == len(set(rank_losses)) == 10
