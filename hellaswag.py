@@ -147,8 +147,8 @@ def read_examples(path, tokenizer, limit=None):
             rows = file.read().rstrip().split("\n")
     examples = []
     for number, row in enumerate(rows[:limit], 1):
-        where = f"line {number} of {path}"
-        with explain(f"{where} is not a HellaSwag example", "correct it, or choose another --data"):
+        problem = f"line {number} of {path} is not a HellaSwag example"
+        with explain(problem, "correct it, or choose another --data"):
             examples.append(tokenize(row if is_parquet else json.loads(row), tokenizer))
     return examples
 
@@ -290,9 +290,11 @@ def score(model, examples):
     """
     # Put the examples into tensors (B, T), padded at the end. No other token attends to padding.
     device = model.wte.weight.device
-    columns = zip(*[pack(example, model.config["n_positions"]) for example in examples], strict=True)
+    n_positions = model.config["n_positions"]
+    rows = [pack(example, n_positions) for example in examples]
+    padding_values = (0, 0, PADDING, -1)
     padded = []
-    for column, value in zip(columns, (0, 0, PADDING, -1), strict=True):
+    for column, value in zip(zip(*rows, strict=True), padding_values, strict=True):
         padded.append(pad_sequence(column, batch_first=True, padding_value=value).to(device))
     tokens, positions, part, predictor = padded
 
@@ -480,7 +482,10 @@ def find_pretrained(name):
         return (checkpoints_in(name) or [name])[-1]
     from huggingface_hub import snapshot_download  # imported here because it is slow
 
-    return snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"])
+    try:
+        return snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"])
+    except Exception as error:  # errors of the Hub share no base class
+        raise ValueError(f"it is not a directory here, and the Hub's answer is: {error}") from None
 
 
 def read_pretrained(directory):
@@ -600,15 +605,23 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}: see --help")  # one line, as all errors
     add = parser.add_argument
-    add("--model", default="log", help="directory of a model or a run, or name of a GPT-2 on the Hub (default: log)")
+    add(
+        "--model",
+        default="log",
+        help="directory of a model or a run, or name of a GPT-2 on the Hub (default: log)",
+    )
     add("--data", default=DATA_PATH, metavar="FILE", help="examples as parquet or JSON lines (default: %(default)s)")
     add("--limit", type=positive, metavar="N", help="use only the first N examples (default: all)")
-    add("--output", metavar="FILE", help="JSON file for the losses and predictions of all examples (default: none)")
+    add(
+        "--output",
+        metavar="FILE",
+        help="JSON file for the losses and predictions of all examples (default: none)",
+    )
     add("--prepare", action="store_true", help=f"only tokenize the examples, and write {PREPARED_PATH}")
-    add("--batch_size", type=positive, default=8, help="examples per batch; changes no result (default: 8)")
+    add("--batch_size", type=positive, help="examples per batch (default: 8 on a CPU, 32 on a GPU)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, the GPU if there is one)")
     dtypes = ["float32", "bfloat16", "float16"]
-    add("--dtype", choices=dtypes, default="float32", help="dtype of the model (default: float32)")
+    add("--dtype", choices=dtypes, help="dtype of the model (default: bfloat16 on GPUs that have it, else float32)")
     args = parser.parse_args()
     # an evaluation may take an hour, so check now that its result can be written
     if args.output and not os.path.isdir(os.path.dirname(args.output) or "."):
@@ -642,7 +655,9 @@ def main():
 
     # Load the model and the examples.
     device = pick_device(args.device)
-    model, tokenizer, directory = load_model(args.model, device, getattr(torch, args.dtype))
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = args.dtype or ("bfloat16" if has_bfloat16 else "float32")
+    model, tokenizer, directory = load_model(args.model, device, getattr(torch, dtype))
     examples = load_examples(args.data, tokenizer, args.limit)
     n = len(examples)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -655,8 +670,9 @@ def main():
         print(f"{num_long} of {n} examples are longer than {n_positions} tokens: their contexts are cut")
 
     # Compute the losses of all examples.
+    batch_size = args.batch_size or (8 if device.type == "cpu" else 32)
     try:
-        predictions = evaluate(model, examples, args.batch_size)
+        predictions = evaluate(model, examples, batch_size)
     except ValueError as error:
         fail(f"{error}: try --dtype float32, or choose another --model")
     except RuntimeError as error:
@@ -671,7 +687,13 @@ def main():
     if args.output:
         # a run means its newest checkpoint; the Hub's name says more than a directory of downloads
         name = directory if os.path.isdir(args.model) else args.model
-        result = {"model": name, "n": n, "acc": acc, "acc_norm": acc_norm, "predictions": predictions}
+        result = {
+            "model": name,
+            "n": n,
+            "acc": acc,
+            "acc_norm": acc_norm,
+            "predictions": predictions,
+        }
         with explain(f"cannot write --output {args.output}", "choose another file"):
             write_json(args.output, result)
 

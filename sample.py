@@ -375,7 +375,10 @@ def find_pretrained(name):
         return (checkpoints_in(name) or [name])[-1]
     from huggingface_hub import snapshot_download  # imported here because it is slow
 
-    return snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"])
+    try:
+        return snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"])
+    except Exception as error:  # errors of the Hub share no base class
+        raise ValueError(f"it is not a directory here, and the Hub's answer is: {error}") from None
 
 
 def read_pretrained(directory):

@@ -65,7 +65,7 @@ HELLASWAG_PATH = "hellaswag/hellaswag_val.npz"  # written by hellaswag.py --prep
 
 # --------------------------------------------------------------------------------------- errors
 class UserError(Exception):
-    """Something that the user can correct: run() prints it in one line and exits with status 2."""
+    """A mistake that the user can correct. run() prints it in one line."""
 
 
 class RankError(UserError):
@@ -79,23 +79,20 @@ def fail(message):
 
 @contextmanager
 def explain(problem, advice, error_class=UserError):
-    """Turn any error in the with block into one line that says what failed, why, and what to do.
-
-    For blocks that use something from outside: damaged files raise errors of many types.
-    """
+    """Turn any error in the with block into one line: what failed, why, and what to do."""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
-        # the messages of other types, such as KeyError, say nothing without the type
+    except Exception as error:  # damaged files raise errors of many types
+        # other messages, such as that of a KeyError, say nothing without the type
         is_clear = isinstance(error, (OSError, ValueError)) and str(error)
         reason = str(error) if is_clear else f"{type(error).__name__}: {error}"
         raise error_class(f"{problem} ({reason[:300]}): {advice}") from error
 
 
 def say(message, file=None):
-    """Print on rank 0. A closed terminal, or a full disk in its place, must not end a run."""
+    """Print on rank 0. A closed terminal or a full disk must not end a run."""
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
             print(message, file=file, flush=True)
@@ -121,8 +118,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
-        # B is the batch size, T the sequence length and C the number of channels. nh is the number
-        # of heads and hs the size of a head: in GPT-2 124M, C = nh * hs = 12 * 64 = 768.
+        # B is the batch size, T the sequence length, C the number of channels, nh the number of
+        # heads and hs the size of a head. In GPT-2 124M, C = nh * hs = 12 * 64 = 768.
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
         # The heads become a batch dimension, so that each head attends by itself.
@@ -131,7 +128,7 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         # softmax(q k^T / sqrt(hs)) v with the future masked out. The fused kernel (FlashAttention)
         # never stores the (T, T) attention matrix, which makes it several times faster than
-        # separate matmuls. On CPUs, PyTorch has no fused kernel with dropout.
+        # separate matmuls.
         dropout_p = self.attn_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C): concatenate the heads
@@ -185,45 +182,34 @@ class GPTConfig:
 
 
 def cross_entropy(logits, targets):
-    """Return the mean cross-entropy in nats of logits (N, V) and targets (N,), computed in float32.
-
-    Equals F.cross_entropy(logits.float(), targets) up to rounding. On a CPU, the rows are processed
-    in chunks of 16 MiB: the C library returns freed tensors above 32 MiB to the operating system,
-    and getting the memory again takes several times as long as the computation. On a GPU, PyTorch
-    keeps freed memory, so one chunk is best.
-    """
+    """Return F.cross_entropy(logits.float(), targets) for logits (N, V) and targets (N,)."""
+    # On a CPU, the rows are processed in chunks of 16 MiB: the C library returns freed tensors
+    # above 32 MiB to the operating system, and getting the memory again takes several times as
+    # long as the computation. PyTorch keeps the freed memory of a GPU.
     chunk_size = len(logits)
     if logits.device.type == "cpu":
-        chunk_size = max(1, 2**22 // logits.shape[1])  # as many rows as fit into 16 MiB in float32
-    loss = 0.0
-    for chunk, chunk_targets in zip(logits.split(chunk_size), targets.split(chunk_size), strict=True):
-        loss = loss + F.cross_entropy(chunk.float(), chunk_targets, reduction="sum")
-    return loss / len(targets)
-
-
-LOAD_ADVICE = "pass the directory of a model or of a run, or the name of a GPT-2 on the Hugging Face Hub"
+        chunk_size = max(1, 2**22 // logits.shape[1])  # rows of float32 in 16 MiB
+    chunks = zip(logits.split(chunk_size), targets.split(chunk_size), strict=True)
+    losses = [F.cross_entropy(x.float(), y, reduction="sum") for x, y in chunks]
+    return sum(losses) / len(targets)
 
 
 class GPT(nn.Module):
-    """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019).
-
-    The token embedding wte is also the weight of the output layer. Inside the model the vocabulary
-    is padded to a multiple of 128, which makes matmuls faster: 50,257 rows become 50,304. Padding
-    rows are zero, their logits are -inf, and checkpoints do not contain them.
-    """
+    """GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # The names are GPT-2's: wte and wpe are the embeddings of tokens and positions, h are the
-        # blocks.
+        # The vocabulary is padded to a multiple of 128, which makes matmuls faster: 50,257 rows
+        # become 50,304. Padding rows are zero, and checkpoints do not contain them.
         padded_vocab_size = math.ceil(config.vocab_size / 128) * 128
+        # GPT-2's names: wte and wpe embed tokens and positions, h are the blocks
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        # a bias of -inf gives the padding rows a probability of zero
+        # logits of -inf give the padding rows a probability of zero
         head_bias = torch.zeros(padded_vocab_size)
         head_bias[config.vocab_size :] = -math.inf
         self.register_buffer("head_bias", head_bias, persistent=False)
@@ -250,8 +236,7 @@ class GPT(nn.Module):
         """Compute logits, or the loss if targets are given, for token ids idx (B, T).
 
         Returns (logits, None) with logits (B, T, vocab_size), or (None, loss) with the mean
-        cross-entropy in nats over targets (B, T). Training needs the loss only, and the logits are
-        the largest tensor.
+        cross-entropy in nats over targets (B, T). Training does not need the logits.
         """
         # embed the tokens and their positions
         T = idx.shape[1]
@@ -261,23 +246,22 @@ class GPT(nn.Module):
         for block in self.h:
             x = block(x)
         x = self.ln_f(x)
-        # compare the result with the embedding of each token
-        logits = F.linear(x, self.wte.weight, self.head_bias)  # (B, T, C) -> (B, T, padded vocab_size)
+        # wte is also the output layer: compare x with the embedding of each of the V tokens
+        logits = F.linear(x, self.wte.weight, self.head_bias)  # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits[..., : self.config.vocab_size], None
         return None, cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, generator, top_k=50):
-        """Append max_new_tokens tokens to idx (B, T), each sampled from the top_k most likely ones.
+        """Append max_new_tokens tokens to idx (B, T), each one of the top_k most likely ones.
 
-        Returns (B, T + max_new_tokens). Every token recomputes the whole sequence; sample.py has a
-        key/value cache.
+        Each token recomputes the whole sequence. sample.py has a cache.
         """
         self.eval()
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :])  # (B, T, vocab_size)
-            logits = logits[:, -1].float()  # the last position predicts the next token: (B, vocab_size)
+            logits = logits[:, -1].float()  # the last position predicts the next token
             # sample one of the k most likely tokens
             top_logits, top_idx = logits.topk(min(top_k, logits.shape[-1]))  # (B, k), (B, k)
             probs = F.softmax(top_logits, dim=-1)
@@ -287,7 +271,7 @@ class GPT(nn.Module):
 
     @property
     def num_params(self):
-        """Number of parameters without the vocabulary padding: 124,439,808 for the default config."""
+        """Number of parameters without the vocabulary padding: 124,439,808 in GPT-2 124M."""
         num_padding_rows = self.wte.num_embeddings - self.config.vocab_size
         num_with_padding = sum(parameter.numel() for parameter in self.parameters())
         return num_with_padding - num_padding_rows * self.config.n_embd
@@ -298,8 +282,7 @@ class GPT(nn.Module):
         A model that differs from GPT-2, for example in its norms or positions, needs a model_type
         of its own: with "gpt2", transformers would load it and compute something else.
         """
-        # Hugging Face's layout differs in three points: the padding rows, the orientation of the
-        # matrices and a prefix of the names.
+        # no padding rows, matrices as (in, out), and a prefix of the names
         weights = {}
         for name, weight in self.state_dict().items():
             if name == "wte.weight":
@@ -327,8 +310,7 @@ class GPT(nn.Module):
         os.makedirs(directory, exist_ok=True)
         save_file(weights, f"{directory}/model.safetensors", metadata={"format": "pt"})
         write_json(f"{directory}/config.json", config)
-        # By default transformers' pipeline generates 256 tokens, which may be more than there are
-        # positions.
+        # without it, transformers' pipeline generates up to 256 tokens, even beyond block_size
         generation_config = {
             "max_length": self.config.block_size,
             "bos_token_id": eot_token,
@@ -342,7 +324,7 @@ class GPT(nn.Module):
 
         A block_size that is smaller than the model's crops the position embeddings.
         """
-        with explain(f"cannot load {name}", LOAD_ADVICE):
+        with explain(f"cannot load {name}", "pass a model, a run or the name of a GPT-2 on the Hub"):
             saved, weights = read_pretrained(find_pretrained(name))
             config = GPTConfig(
                 vocab_size=saved["vocab_size"],
@@ -354,13 +336,14 @@ class GPT(nn.Module):
                 tokenizer=saved["tokenizer"],
             )
             if config.block_size > saved["n_positions"]:
-                fail(f"{name} has {saved['n_positions']} positions: use a smaller --block_size")
+                problem = f"--block_size {block_size} is above the {saved['n_positions']} positions"
+                fail(f"{problem} of {name}: use a smaller one")
             model = cls(config)
             # add the padding rows, which the files do not contain, and drop unused positions
             padding = model.wte.weight[config.vocab_size :].detach()
             weights["wte.weight"] = torch.cat((weights["wte.weight"].float(), padding))
             weights["wpe.weight"] = weights["wpe.weight"][: config.block_size]
-            model.load_state_dict(weights)  # finds missing and unexpected names and wrong shapes
+            model.load_state_dict(weights)  # refuses wrong names and shapes
         return model
 
 
@@ -393,7 +376,10 @@ def find_pretrained(name):
         return (checkpoints_in(name) or [name])[-1]
     from huggingface_hub import snapshot_download  # imported here because it is slow
 
-    return snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"])
+    try:
+        return snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"])
+    except Exception as error:  # errors of the Hub share no base class
+        raise ValueError(f"it is not a directory here, and the Hub's answer is: {error}") from None
 
 
 def read_pretrained(directory):
@@ -500,12 +486,8 @@ def split_of(name):
 
 
 def read_data_set(data_dir):
-    """Return the content of meta.json, with the tokens of each shard and a fingerprint.
-
-    The fingerprint changes with the tokens and their order. Directories without meta.json, such as
-    build-nanogpt's and llm.c's, are taken to contain GPT-2 tokens.
-    """
-    advice = "create it with python prepare_shakespeare.py (seconds) or python fineweb.py (hours)"
+    """Return meta.json with the size of each shard and a fingerprint of the tokens and their order."""
+    advice = "create it with prepare_shakespeare.py (seconds) or fineweb.py (hours)"
     with explain(f"cannot use --data_dir {data_dir}", advice):
         names = os.listdir(data_dir)
         if "meta.json" in names:
@@ -513,20 +495,22 @@ def read_data_set(data_dir):
                 meta = json.load(file)
         elif any(name.startswith("state_") for name in names):
             raise ValueError("fineweb.py has not finished it")
-        else:
-            meta = {"tokenizer": "gpt2", "shards": [{"file": name} for name in names if split_of(name)]}
+        else:  # a data set of build-nanogpt or llm.c
+            shards = [{"file": name} for name in names if split_of(name)]
+            meta = {"tokenizer": "gpt2", "shards": shards}
         if meta["tokenizer"] not in VOCAB_SIZES:
             raise ValueError(f"its tokenizer {meta['tokenizer']} is unknown")
         digest = hashlib.sha256(meta["tokenizer"].encode())
         for shard in sorted(meta["shards"], key=lambda shard: shard["file"]):
             if split_of(shard["file"]) is None:
-                raise ValueError(f"meta.json lists {shard['file']}, which is not the name of a shard")
+                raise ValueError(f"meta.json lists {shard['file']}, which is not a shard's name")
             path = os.path.join(data_dir, shard["file"])
             with explain(f"cannot use {path}", "regenerate it"):
                 tokens = load_shard(path)
-                if shard.setdefault("tokens", len(tokens)) != len(tokens):
-                    raise ValueError(f"it has {len(tokens)} tokens, but meta.json says {shard['tokens']}")
-            # A shard without a checksum is identified by its first tokens, 64M tokens in all.
+                if shard.get("tokens", len(tokens)) != len(tokens):
+                    raise ValueError(f"it has {len(tokens)} tokens, in meta.json {shard['tokens']}")
+            shard["tokens"] = len(tokens)
+            # a shard without a checksum is identified by its first tokens, 64M tokens in all
             beginning = tokens[: 2**26 // len(meta["shards"])]
             identity = shard.get("sha256") or hashlib.sha256(beginning.tobytes()).hexdigest()
             digest.update(f"{shard['file']} {len(tokens)} {identity}\n".encode())
@@ -534,16 +518,15 @@ def read_data_set(data_dir):
 
 
 class TokenDataset:
-    """One split of a data set, cut into windows of block_size + 1 tokens, in a reproducible order.
+    """One split of a data set, cut into windows of block_size + 1 tokens.
 
     A window holds block_size inputs and their targets, which are the same tokens shifted by one.
-    Consecutive windows share one token. So every token is a target exactly once per epoch, except
-    the first token of a shard and the last ones that do not fill a window.
+    Consecutive windows share one token, so that every token is a target once per epoch, except the
+    first token of a shard and the last ones that do not fill a window.
 
-    With shuffle, an epoch visits the shards, and the windows of each shard, in an order that
-    depends on the seed and the epoch only; otherwise in file order. Windows are numbered from the
-    start of training, and the number alone determines the tokens: a resumed run sees the same data
-    on any number of processes. meta is the dict from read_data_set.
+    Windows are numbered from the start of training. The number alone determines the tokens, on any
+    number of processes: with shuffle, an epoch visits the shards, and the windows of each shard, in
+    an order that depends on the seed and the epoch only; otherwise in file order.
     """
 
     def __init__(self, data_dir, split, meta, block_size, seed, shuffle):
@@ -566,10 +549,11 @@ class TokenDataset:
     def locate(self, index):
         """Return (shard number, offset of the first token) of the window with this index."""
         epoch, index = divmod(index, self.num_windows)
-        # the shard that contains the index-th window of the epoch, then the window in that shard
+        # the shard that contains the window: the first one that ends after it
         order, ends = self.shard_order(epoch)
         position = int(np.searchsorted(ends, index, side="right"))
         shard = int(order[position])
+        # the number of the window in the shard
         window = index - int(ends[position] - self.windows_per_shard[shard])
         if self.shuffle:
             window = int(self.window_order(epoch, shard)[window])
@@ -577,7 +561,7 @@ class TokenDataset:
 
     @lru_cache(maxsize=4)  # noqa: B019, a data set lives as long as the process
     def shard_order(self, epoch):
-        """Return the order of the shards in an epoch, and the number of windows up to each one's end."""
+        """Return the order of the shards in an epoch, and their cumulative numbers of windows."""
         order = np.arange(len(self.paths))
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
@@ -590,32 +574,27 @@ class TokenDataset:
         return rng.permutation(self.windows_per_shard[shard])
 
     def open_shard(self, shard):
-        """Return the tokens of a shard, and verify its checksum when it is opened.
-
-        Hashing all shards when the run starts would take minutes.
-        """
+        """Return the tokens of a shard, and verify its checksum when it is opened."""
+        # hashing all shards when the run starts would take minutes
         if shard not in self.open_shards:
             path, checksum = self.paths[shard], self.checksums[shard]
-            with explain(f"cannot use {path}", "regenerate it, then continue with --resume", RankError):
+            with explain(f"cannot use {path}", "regenerate it and use --resume", RankError):
                 tokens = load_shard(path)
                 if checksum and sha256_of(path) != checksum:
                     raise ValueError("it does not match its SHA-256 in meta.json")
                 if len(tokens) != self.num_tokens[shard]:
                     raise ValueError("it has changed since the run started")
-            # keep 16 files open: close the one that was opened first
-            if len(self.open_shards) == 16:
+            if len(self.open_shards) == 16:  # close the one that was opened first
                 self.open_shards.pop(next(iter(self.open_shards)))
             self.open_shards[shard] = tokens
         return self.open_shards[shard]
 
     def check_open_shards(self):
-        """Raise RankError if an open shard is missing or has become shorter.
-
-        The end of such a file reads as zeros, or ends the process with SIGBUS.
-        """
+        """Raise RankError if an open shard is missing or has become shorter."""
+        # the missing end would read as zeros, or end the process with SIGBUS
         for shard, tokens in self.open_shards.items():
             path = self.paths[shard]
-            with explain(f"cannot use {path}", "regenerate it, then continue with --resume", RankError):
+            with explain(f"cannot use {path}", "regenerate it and use --resume", RankError):
                 if os.path.getsize(path) < tokens.offset + tokens.nbytes:
                     raise ValueError("it was truncated while the run was using it")
 
@@ -636,7 +615,7 @@ class TokenDataset:
 def to_device(tensor, device):
     """Copy a tensor to the device. Copies to a GPU run while the GPU computes."""
     if device.type == "cuda":
-        # Only copies from pinned memory are asynchronous, and pinning needs a contiguous tensor.
+        # only copies from pinned memory are asynchronous, and only contiguous tensors are pinned
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
@@ -648,10 +627,10 @@ def load_batch(dataset, indices, device):
 
 
 def load_micro_batch(dataset, micro_step, micro_batch_size, process):
-    """Return this rank's inputs and targets of a micro-step, counted from the start of training.
+    """Return the inputs and targets of this rank in a micro-step.
 
-    A training step has grad_accum_steps micro-steps. In a micro-step, every rank computes the
-    gradients of one micro-batch, micro_batch_size windows.
+    A training step has grad_accum_steps micro-steps, numbered from the start of training. In each,
+    every rank computes the gradients of one micro-batch of micro_batch_size windows.
     """
     first = (micro_step * process.world_size + process.rank) * micro_batch_size
     return load_batch(dataset, range(first, first + micro_batch_size), process.device)
@@ -679,10 +658,7 @@ DECAY_FRACTION = 0.6  # of the steps, as in modded-nanogpt's recipes for Muon
 
 
 def get_wsd_lr(step, learning_rate, warmup_steps, max_steps):
-    """Return the learning rate of a step: warmup, stable, decay (WSD).
-
-    It falls linearly to zero in the last DECAY_FRACTION of the steps.
-    """
+    """Return the learning rate of a step: warmup, stable, then linear decay to zero (WSD)."""
     # warmup reaches 1 at the end of the warmup, and decay is above 1 until the decay begins
     warmup = (step + 1) / max(1, warmup_steps)
     decay = (max_steps - step) / (DECAY_FRACTION * max_steps)
@@ -697,16 +673,12 @@ class Muon(torch.optim.Optimizer):
 
     The update of a weight matrix is usually dominated by a few directions. Muon replaces it by the
     nearest matrix whose singular values are all about 1, so that rare directions are learned as
-    fast as common ones. It is meant for the weight matrices of the blocks. AdamW optimizes the
-    rest: embeddings are lookup tables whose rows are updated independently, and biases and layer
-    norms are vectors. c_attn stacks three matrices, for queries, keys and values, and each of the
-    three is orthogonalized separately.
-
-    Updates are scaled to the RMS of AdamW's, about 0.2 ("Muon is Scalable for LLM Training", 2025,
-    equation 4), so that AdamW's learning rates are a good start.
+    fast as common ones. It is meant for the matrices of the blocks, not for vectors and not for
+    embeddings, which are lookup tables.
     """
 
     def __init__(self, blocks, learning_rate, weight_decay):
+        # c_attn stacks three matrices, for queries, keys and values, to orthogonalize separately
         self.num_parts = {}  # parameter -> number of matrices in it
         for name, parameter in blocks.named_parameters():
             if parameter.dim() == 2:
@@ -727,14 +699,18 @@ class Muon(torch.optim.Optimizer):
             # Nesterov momentum: look one step ahead of the running average of the gradients.
             state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
             update = parameter.grad.lerp(state["momentum"], group["momentum"])
-            update = update.view(self.num_parts[parameter], -1, parameter.shape[1])  # (parts, out, in)
+            # (parts * out, in) -> (parts, out, in)
+            update = update.view(self.num_parts[parameter], -1, parameter.shape[1])
             stacks.setdefault(update.shape[1:], []).append((parameter, update))
 
         # orthogonalize each stack, and apply its updates
         for shape, members in stacks.items():
             updates = torch.cat([update for _, update in members])  # (matrices, out, in)
             updates = orthogonalize_in_parallel(updates)
-            scale = 0.2 * max(shape) ** 0.5  # an orthogonal matrix has an RMS of max(shape) ** -0.5
+            # An orthogonal matrix has an RMS of max(shape) ** -0.5. Scale it to that of AdamW's
+            # updates, about 0.2, so that AdamW's learning rates are a good start ("Muon is Scalable
+            # for LLM Training", 2025, equation 4).
+            scale = 0.2 * max(shape) ** 0.5
             sizes = [len(update) for _, update in members]
             for (parameter, _), update in zip(members, updates.split(sizes), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -760,19 +736,18 @@ def orthogonalize(x):
     """Replace the singular values of matrices x (N, m, n) by values near 1. Returns (N, m, n).
 
     Runs five Newton-Schulz iterations with a polynomial of degree 5, after which nearly all
-    singular values are between 0.7 and 1.2. The coefficients are chosen to raise small singular
-    values quickly rather than to converge exactly (Jordan et al., 2024). On GPUs the iterations run
-    in bfloat16, which is precise enough; most CPUs are slow in bfloat16.
+    singular values are between 0.7 and 1.2.
     """
+    # bfloat16 is precise enough, but slow on most CPUs
     if x.device.type == "cuda":
         x = x.bfloat16()
     # x x^T is smaller than x^T x if x has fewer rows than columns
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
-    # the iteration needs singular values of at most 1, and none of them is larger than the
-    # Frobenius norm
+    # the iteration needs singular values of at most 1: none is larger than the Frobenius norm
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    # these coefficients raise small singular values quickly, and do not converge exactly
     for _ in range(5):
         # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
         gram = x @ x.mT  # (N, m, m)
@@ -787,19 +762,16 @@ OPTIMIZERS = ("adamw", "muon")  # the choices of --optimizer
 def configure_optimizers(model, optimizer, learning_rate, weight_decay, device):
     """Return [AdamW], or [Muon, AdamW] with Muon for the matrices of the blocks.
 
-    AdamW has the settings of GPT-3. Biases and layer norms are not decayed: they have few
-    parameters, and pulling them to zero would only limit what the model can express. To add an
-    optimizer, add its name above and its parameters here.
+    To add an optimizer, add its name above and its parameters here.
     """
     optimizers = []
-    # Muon takes the matrices of the blocks
-    muon_parameters = set()
+    parameters = list(model.parameters())
     if optimizer == "muon":
         muon = Muon(model.h, learning_rate, weight_decay)
-        muon_parameters = set(muon.num_parts)
         optimizers.append(muon)
-    # AdamW takes the other parameters, in two groups
-    parameters = [parameter for parameter in model.parameters() if parameter not in muon_parameters]
+        parameters = [p for p in parameters if p not in muon.num_parts]
+    # AdamW takes the other parameters, with the settings of GPT-3. Biases and layer norms are not
+    # decayed: pulling these few parameters to zero would only limit what the model can express.
     groups = [
         {"params": [p for p in parameters if p.dim() == 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -811,17 +783,14 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, device):
 
 
 def update_parameters(model, optimizers, scaler, lr, grad_clip):
-    """Clip the gradients and run one step of each optimizer with the learning rate lr.
-
-    Returns the norm of all gradients together before clipping, a scalar tensor.
-    """
+    """Clip the gradients and run the optimizers. Returns the norm of all gradients before clipping."""
     # float16 only: divide the gradients by the factor by which the loss was multiplied
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     # float16 only: if a gradient overflowed, skip the step of all optimizers, and scaler.update()
-    # halves its factor. scaler.step checks each optimizer by itself, so it could skip AdamW and not
-    # Muon. Reading the norm makes the CPU wait for the GPU, which other dtypes avoid.
+    # halves its factor. scaler.step checks each optimizer by itself, so it could skip AdamW alone.
+    # Reading the norm makes the CPU wait for the GPU, which other dtypes avoid.
     skip = scaler.is_enabled() and not math.isfinite(norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -837,10 +806,7 @@ def update_parameters(model, optimizers, scaler, lr, grad_clip):
 def evaluate(compiled_model, model, val_data, val_tokens, batch_size, process, autocast, stop_request):
     """Return the mean loss in nats per token over the first val_tokens tokens of a split.
 
-    All ranks share the work and return the same value, over the same windows for any world size;
-    None if one of them was asked to stop. compiled_model gets batches of batch_size windows only,
-    because another size would compile it again; model, the same uncompiled, takes a smaller last
-    batch.
+    All ranks share the work and return the same value, or None if a rank was asked to stop.
     """
     model.eval()
     # at least one window, at most the whole split
@@ -852,6 +818,7 @@ def evaluate(compiled_model, model, val_data, val_tokens, batch_size, process, a
             break
         indices = range(first, min(first + batch_size, num_windows))
         x, y = load_batch(val_data, indices, process.device)
+        # a smaller last batch would compile the model again
         forward = compiled_model if len(indices) == batch_size else model
         with autocast:
             _, loss = forward(x, y)
@@ -862,7 +829,7 @@ def evaluate(compiled_model, model, val_data, val_tokens, batch_size, process, a
 
 
 def load_hellaswag(args, tokenizer):
-    """Return the arrays that hellaswag.py --prepare wrote, a dict, or None without HellaSwag.
+    """Return a dict of int64 tensors that hellaswag.py --prepare wrote, or None without HellaSwag.
 
     tokens (N, 4, T) are the context and each of the four endings, padded with zeros; length (N, 4)
     is the number of tokens of both together, and context_length (N,) of the context alone; label
@@ -873,12 +840,13 @@ def load_hellaswag(args, tokenizer):
     if not os.path.exists(HELLASWAG_PATH):
         say(f"no HellaSwag: create {HELLASWAG_PATH} with python hellaswag.py --prepare")
         return None
-    with explain(f"cannot use {HELLASWAG_PATH}", "use --hellaswag_interval 0, or hellaswag.py --prepare"):
+    names = ("tokens", "context_length", "length", "label")
+    with explain(f"cannot use {HELLASWAG_PATH}", "repeat python hellaswag.py --prepare"):
         with np.load(HELLASWAG_PATH, allow_pickle=False) as file:
-            examples = {name: file[name] for name in ("tokens", "context_length", "length", "label")}
-        longest = examples["length"].max()
+            examples = {name: torch.from_numpy(file[name].astype(np.int64)) for name in names}
+        longest = int(examples["length"].max())
     if longest > args.block_size:
-        say(f"no HellaSwag: its examples have up to {longest} tokens, but --block_size is {args.block_size}")
+        say(f"no HellaSwag: it needs a --block_size of {longest}, not {args.block_size}")
         return None
     return examples
 
@@ -891,30 +859,29 @@ ANY_LENGTH_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTIO
 
 @torch.no_grad()
 def evaluate_hellaswag(model, examples, micro_batch_size, process, autocast, stop_request):
-    """Return the HellaSwag accuracy acc_norm, computed by all ranks; None if one was asked to stop.
+    """Return the HellaSwag accuracy acc_norm, or None if a rank was asked to stop.
 
     The model's choice among four endings is the one with the lowest mean loss per token; acc_norm
-    is the fraction of correct choices. hellaswag.py explains it with an example. Batches have at
-    most 32 examples, and no more tokens than a training micro-batch.
+    is the fraction of correct choices. hellaswag.py explains it with an example.
     """
     model.eval()
     device = process.device
     num_examples = len(examples["label"])
+    # at most 32 examples, and no more tokens than in a micro-batch of training
     batch_size = micro_batch_size * model.config.block_size // (4 * int(examples["length"].max()))
     batch_size = max(1, min(32, batch_size))
     totals = torch.zeros(2, device=device)  # correct choices, ranks that were asked to stop
     for first in range(process.rank * batch_size, num_examples, process.world_size * batch_size):
         if stop_request.requested():
             break
-        batch = slice(first, first + batch_size)
+        rows = slice(first, first + batch_size)
         # Padding to multiples of 64 keeps the number of different lengths small.
-        T = math.ceil(examples["length"][batch].max() / 64) * 64
+        T = math.ceil(int(examples["length"][rows].max()) / 64) * 64
         T = min(T, model.config.block_size, examples["tokens"].shape[2])
-        tokens = torch.from_numpy(examples["tokens"][batch, :, :T].astype(np.int64))
-        tokens = to_device(tokens, device)  # (B, 4, T)
-        context_length = to_device(torch.from_numpy(examples["context_length"][batch]), device)  # (B,)
-        length = to_device(torch.from_numpy(examples["length"][batch]), device)  # (B, 4)
-        label = to_device(torch.from_numpy(examples["label"][batch]), device)  # (B,)
+        tokens = to_device(examples["tokens"][rows, :, :T], device)  # (B, 4, T)
+        context_length = to_device(examples["context_length"][rows], device)  # (B,)
+        length = to_device(examples["length"][rows], device)  # (B, 4)
+        label = to_device(examples["label"][rows], device)  # (B,)
 
         # the loss of each token given the tokens before it
         with autocast, sdpa_kernel(ANY_LENGTH_BACKENDS):
@@ -943,10 +910,7 @@ def load_tokenizer(name):
 
 
 def print_samples(model, enc, args, device, autocast):
-    """Print two continuations of args.prompt. Called on rank 0.
-
-    Uses its own random generator, so sampling does not affect training.
-    """
+    """Print two continuations of args.prompt, sampled with a random generator of their own."""
     # an empty prompt becomes <|endoftext|>, which starts every document
     tokens = enc.encode_ordinary(args.prompt) or [enc.eot_token]
     idx = torch.tensor([tokens, tokens], device=device)  # (2, T)
@@ -981,8 +945,8 @@ class RunDirectory:
     """A run's --log_dir: a lock, log.txt, run.json, checkpoints step_NNNNNN, and the best model.
 
     A model is written to the directory tmp, flushed to disk and renamed, so that it is either
-    complete or absent, whenever the process is killed. A checkpoint's sha256.json lets a later run
-    detect damage. Only rank 0 opens the directory; on other ranks, the methods do nothing.
+    complete or absent. A checkpoint's sha256.json lets a later run detect damage. Only rank 0 opens
+    the directory; on other ranks, the methods do nothing.
     """
 
     def __init__(self, path):
@@ -993,7 +957,7 @@ class RunDirectory:
         self.lock = None
         self.log_file = None
         self.wandb_run = None
-        self.saved_step = None  # the last saved step, or the first step of this run
+        self.saved_step = None  # the newest step that need not be saved
         self.best_loss = math.inf  # the lowest validation loss so far
 
     def open(self, args):
@@ -1008,29 +972,27 @@ class RunDirectory:
         checkpoints = checkpoints_in(self.path)
         if not args.resume:
             if not args.eval_only and (checkpoints or os.path.exists(self.log_path)):
-                fail(f"--log_dir {self.path} already contains a run: pass --resume, or choose another")
+                fail(f"--log_dir {self.path} contains a run: pass --resume, or choose another")
             return None
         # find the newest checkpoint that is intact
         damaged = []
         while checkpoints and not is_intact(checkpoints[-1]):
             damaged.append(checkpoints.pop())
         if damaged and not checkpoints:
-            fail(f"all checkpoints are damaged ({', '.join(damaged)}): start again in another --log_dir")
+            fail(f"all checkpoints are damaged ({', '.join(damaged)}): choose another --log_dir")
         for path in damaged:
             warn(f"{path} is damaged: {checkpoints[-1]} is used instead")
             if not args.eval_only:
                 target = f"{self.path}/damaged_{os.path.basename(path)}"
                 with explain(f"cannot rename {path}", "move it away"):
-                    shutil.rmtree(target, ignore_errors=True)  # the same step of an earlier attempt
+                    shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt
                     os.replace(path, target)
         return checkpoints[-1] if checkpoints else None
 
     def acquire_lock(self):
-        """Lock the directory, and create it if necessary.
-
-        The operating system releases the lock when this process ends, also if it is killed. A soft
-        lock, which is only a file, would survive and block --resume.
-        """
+        """Lock the directory, and create it if necessary."""
+        # The operating system releases the lock when this process ends, even if it is killed.
+        # filelock's fallback, a file without a lock, would remain and block --resume.
         with explain(f"cannot write to --log_dir {self.path}", "choose another --log_dir"):
             os.makedirs(self.path, exist_ok=True)
             self.lock = filelock.FileLock(f"{self.path}/lock", fallback_to_soft=False)
@@ -1047,13 +1009,13 @@ class RunDirectory:
         """Write run.json, and drop the lines of log.txt that this run will write again."""
         if self.lock is None:
             self.acquire_lock()
-        self.saved_step = step  # a resumed run has this checkpoint, a new run has nothing to save
-        with explain(f"cannot write to --log_dir {self.path}", "free some space, or choose another"):
-            # what is left of a run that crashed
+        self.saved_step = step  # a resumed run has this checkpoint, and step 0 is not saved
+        with explain(f"cannot write to --log_dir {self.path}", "free space, or choose another"):
+            # remove what a run that crashed has left
             shutil.rmtree(self.tmp, ignore_errors=True)
             if step == 0:
                 shutil.rmtree(self.best, ignore_errors=True)
-            # the lines of steps that are done; a crash can leave half a line, or zeros, at the end
+            # keep the lines of completed steps; a crash can leave half a line or zeros
             lines = []
             if os.path.exists(self.log_path):
                 with open(self.log_path, encoding="utf-8", errors="replace") as file:
@@ -1063,23 +1025,23 @@ class RunDirectory:
                 file.writelines(line[0].encode() for line in lines)
             val_losses = [float(line[3]) for line in lines if line[2] == "val"]
             self.best_loss = min(val_losses, default=math.inf)
-            # a large buffer holds the lines while the disk is full
-            self.log_file = open(self.log_path, "a", 2**24, encoding="utf-8")  # noqa: SIM115, stays open
+            # a buffer of 16 MiB holds the lines while the disk is full
+            self.log_file = open(self.log_path, "a", 2**24, encoding="utf-8")  # noqa: SIM115, kept
             if args.wandb:
                 self.start_wandb(args.wandb, settings)
             write_json(f"{self.path}/run.json", settings)  # for plot.py and for people
 
     def start_wandb(self, project, settings):
-        """Start a run of Weights & Biases, or continue the one of run.json. Adds its id to settings."""
+        """Start a wandb run, or continue the one in run.json. Adds its id to settings."""
         settings["wandb_id"] = uuid.uuid4().hex
         with suppress(OSError, ValueError, KeyError):  # a new run has no run.json
             settings["wandb_id"] = json.loads(Path(self.path, "run.json").read_text())["wandb_id"]
         run = {"project": project, "id": settings["wandb_id"], "resume": "allow"}
         try:
-            import wandb  # imported here because it is optional
+            import wandb  # optional
 
             self.wandb_run = wandb.init(**run, dir=self.path, config=settings)
-        except Exception as error:  # none of its errors may end the training
+        except Exception as error:
             warn(f"no metrics go to Weights & Biases ({error}); training continues")
 
     def close(self, step):
@@ -1104,16 +1066,12 @@ class RunDirectory:
                 self.wandb_run.log(numbers, step=step)
 
     def save(self, step, model, optimizers, scaler, args):
-        """Save a checkpoint if step is later than the last saved step.
-
-        A failure is only reported.
-        """
+        """Save a checkpoint, unless it exists. A full disk is only reported."""
         if self.log_file is None or step <= self.saved_step:
             return
         with self.continue_after_disk_errors(f"cannot save a checkpoint at step {step}"):
             self.write_model(model, args.data_dir)
-            # What a resumed run needs. The data order and the random numbers follow from the seed
-            # and the step.
+            # the data order and the random numbers follow from the seed and the step
             trainer_state = {
                 "format": CHECKPOINT_FORMAT,
                 "step": step,
@@ -1126,7 +1084,7 @@ class RunDirectory:
             write_json(f"{self.tmp}/sha256.json", checksums)
             self.publish(f"step_{step:06d}")
             self.saved_step = step
-            # delete old checkpoints only now that the new one, which is the newest, is complete
+            # delete old checkpoints only now that the new one is complete
             if args.keep_checkpoints:
                 for path in checkpoints_in(self.path)[: -args.keep_checkpoints]:
                     shutil.rmtree(path, ignore_errors=True)
@@ -1198,18 +1156,17 @@ def flush_to_disk(path):
 
 
 # ------------------------------------------------------------------------------------- resuming
-# A resumed run may have other values of these flags. They do not change the weights, or by rounding
-# only: device, dtype, micro_batch_size and compile, as does the number of processes, and with
-# --dropout by other dropout masks. All other flags must stay.
+# A resumed run may have other values of these flags. The first line and the number of processes
+# change the rounding and the dropout masks; the others have no influence on the weights.
 FREE_FLAGS = {"device", "dtype", "micro_batch_size", "compile"}
-FREE_FLAGS |= {"data_dir", "log_dir", "resume", "keep_checkpoints", "checkpoint_interval", "save_best"}
-FREE_FLAGS |= {"eval_only", "eval_interval", "val_tokens", "hellaswag_interval"}
+FREE_FLAGS |= {"data_dir", "log_dir", "resume", "checkpoint_interval", "keep_checkpoints"}
+FREE_FLAGS |= {"save_best", "eval_only", "eval_interval", "val_tokens", "hellaswag_interval"}
 FREE_FLAGS |= {"prompt", "max_new_tokens", "log_interval", "wandb"}
 
 
 def load_trainer_state(checkpoint):
     """Return the content of trainer.pt."""
-    with explain(f"cannot load {checkpoint}", "move it away to resume from the checkpoint before it"):
+    with explain(f"cannot load {checkpoint}", "move it away to use the checkpoint before it"):
         # weights_only: the file cannot run code
         state = torch.load(f"{checkpoint}/trainer.pt", map_location="cpu", weights_only=True)
         if state["format"] != CHECKPOINT_FORMAT:
@@ -1218,9 +1175,9 @@ def load_trainer_state(checkpoint):
 
 
 def resolve_flags(args, checkpoint, trainer_state):
-    """Set flags that were not given to the values of the checkpoint, the loaded model or the preset.
+    """Give flags that were not given the value of the checkpoint, the loaded model or the preset.
 
-    Refuses a flag that was given and would change the result of the run in the checkpoint.
+    Refuses flags that would change the result of a resumed run, or that do not fit together.
     """
     # a checkpoint has all flags, and the model of --init_from has those of its shape
     source, saved_flags = None, {}
@@ -1228,48 +1185,49 @@ def resolve_flags(args, checkpoint, trainer_state):
         source, saved_flags = checkpoint, trainer_state["args"]
     elif args.init_from:
         source, saved_flags = args.init_from, shape_of(args.init_from)
-        saved_flags["block_size"] = args.block_size or saved_flags["block_size"]  # it may be smaller
+        if args.block_size:  # the block size may be smaller than that of the model
+            saved_flags["block_size"] = args.block_size
     for name, saved in saved_flags.items():
         given = getattr(args, name, None)
         if given is None:
             setattr(args, name, saved)
         elif name == "dtype" and given != saved:
-            warn(f"{source} was trained in {saved}: in {given}, the result will differ by rounding")
+            warn(f"{source} was trained in {saved}: in {given}, the result differs by rounding")
         elif given != saved and name not in FREE_FLAGS and not args.eval_only:
-            advice = f"omit --{name}"
-            if checkpoint:
-                advice += ", or choose another --log_dir"
+            other = "choose another --log_dir" if checkpoint else "omit --init_from"
+            advice = f"omit --{name}, or {other}"
             if name == "max_steps":
-                # until the decay begins, the learning rate does not depend on max_steps
+                # until the decay of wsd begins, the learning rate does not depend on max_steps
                 decay_start = (1 - DECAY_FRACTION) * min(saved, given)
                 if saved_flags["schedule"] == "wsd" and trainer_state["step"] <= decay_start:
                     continue
-                advice = "to train longer, start a new run with --init_from and another --seed (or with --schedule "
-                advice += "wsd, whose --max_steps may change until the decay begins)"
+                advice = "to train longer, start a new run with --init_from and another --seed"
             fail(f"--{name} is {given}, but {source} has {saved}: {advice}")
-    # the preset has the remaining ones
+    # the preset has the remaining flags
     args.preset = args.preset or "gpt2"
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
-    # values that do not fit together
+    # refuse values that do not fit together
     if args.n_embd % args.n_head:
         fail(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: choose a multiple")
     if args.wandb and find_spec("wandb") is None:
-        fail("--wandb needs the package wandb: install it with pip install wandb, or pass --wandb ''")
+        fail("--wandb needs the package wandb: pip install wandb, or pass --wandb ''")
     if args.eval_only and not source:
-        fail("--eval_only needs a model: pass --resume with the --log_dir of a run, or --init_from")
+        fail("--eval_only needs a model: pass --init_from, or --resume with the --log_dir of a run")
     if args.warmup_steps > args.max_steps / 2 and not checkpoint:
-        problem = f"--warmup_steps {args.warmup_steps} is more than half of --max_steps {args.max_steps}"
+        problem = f"--warmup_steps {args.warmup_steps} is over half of --max_steps {args.max_steps}"
         warn(f"{problem}: use a smaller one, for example {args.max_steps // 10}")
 
 
 def shape_of(name):
     """Return the flags that a model determines, from its config.json."""
-    with explain(f"cannot load {name}", LOAD_ADVICE):
+    with explain(f"cannot load {name}", "pass a model, a run or the name of a GPT-2 on the Hub"):
         with open(f"{find_pretrained(name)}/config.json", encoding="utf-8") as file:
             config = json.load(file)
+        if config["model_type"] != "gpt2":
+            raise ValueError(f"its model_type is {config['model_type']}, not gpt2")
         shape = {flag: config[flag] for flag in ("n_layer", "n_head", "n_embd")}
         return {**shape, "block_size": config["n_positions"]}
 
@@ -1277,7 +1235,7 @@ def shape_of(name):
 def restore_optimizers(trainer_state, optimizers, scaler):
     """Load the saved state of the optimizers and the gradient scaler. Returns the step."""
     for optimizer, saved in zip(optimizers, trainer_state["optimizers"], strict=True):
-        # the settings of the groups (betas, weight decay, ...) come from this program
+        # the settings of the groups, such as betas, come from the flags and this program
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     if trainer_state["scaler"]:  # empty if the run did not use float16 before
@@ -1286,12 +1244,12 @@ def restore_optimizers(trainer_state, optimizers, scaler):
 
 
 def resume_command(args, world_size):
-    """Return the command that continues this run. Its other flags are in the checkpoint."""
+    """Return the command that continues this run. All other flags are in the checkpoint."""
     launcher = "python"
     if world_size > 1:
         launcher = f"torchrun --standalone --nproc_per_node={world_size}"
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        launcher = "torchrun ..."  # on several machines, with the same flags as before
+        launcher = "torchrun ..."  # on several machines, as before
     flags = ["--resume", "--log_dir", args.log_dir]
     if args.device != "auto":
         flags += ["--device", args.device]
@@ -1333,7 +1291,7 @@ class StopRequest:
 
 
 # --------------------------------------------------------------------------------- command line
-# Presets have the values of the flags that are not given. The learning rates and the warmup (375M
+# A preset has the values of flags that are not given. The learning rates and the warmup (375M
 # tokens) of gpt2 to gpt2-xl follow GPT-3 ("Language Models are Few-Shot Learners", 2020, table 2.1
 # and appendix B). All four use batches of 0.5M tokens; GPT-3 used 1M for its XL model.
 GPT2 = {
@@ -1418,7 +1376,8 @@ def number(kind, is_valid, requirement):
 
 def parse_args():
     """Parse the command line. Flags that are not given are None until resolve_flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.error = fail  # in one line
 
     def add(name, help_text, **options):
@@ -1436,7 +1395,7 @@ def parse_args():
     group = parser.add_argument_group("data")
     add("preset", "values of the other flags (default: gpt2, see below)", choices=[*PRESETS])
     add("data_dir", "directory of token shards")
-    add("shuffle", "shuffle the training data; otherwise it is read in file order", action=switch)
+    add("shuffle", "shuffle the training data, or read it in file order", action=switch)
     add("seed", "random seed", type=count_or_0)
 
     group = parser.add_argument_group("model")
@@ -1445,17 +1404,15 @@ def parse_args():
     add("n_embd", "channels, a multiple of n_head", type=count)
     add("block_size", "context length in tokens", type=count)
     add("dropout", "dropout probability", type=probability)
-    init_from_help = "fine-tune a checkpoint, the newest one of a run, or a GPT-2 on the Hugging Face Hub"
-    add("init_from", init_from_help, metavar="MODEL")
+    add("init_from", "fine-tune a checkpoint, a run or a GPT-2 on the Hub", metavar="MODEL")
 
     group = parser.add_argument_group("optimization")
     add("total_batch_size", "tokens per step, over all processes", type=count)
     add("micro_batch_size", "sequences per forward pass (default: what fits)", type=count)
     add("max_steps", "training steps", type=count)
-    add("optimizer", "adamw, or muon for the blocks' matrices and adamw for the rest", choices=OPTIMIZERS)
+    add("optimizer", "muon for the blocks' matrices, or adamw for all", choices=OPTIMIZERS)
     add("learning_rate", "peak learning rate", type=positive)
-    schedule_help = "learning rate: cosine decay to 10 %%, or wsd: constant, then linear decay to 0"
-    add("schedule", schedule_help, choices=[*SCHEDULES])
+    add("schedule", "cosine, or wsd (warmup, stable, linear decay to 0)", choices=[*SCHEDULES])
     add("warmup_steps", "steps of linear warmup", type=count_or_0)
     add("weight_decay", "weight decay of matrices and embeddings", type=positive_or_0)
     add("grad_clip", "clip the norm of all gradients together to this", type=positive)
@@ -1466,22 +1423,18 @@ def parse_args():
     add("hellaswag_interval", "steps between HellaSwag scores; 0: never", type=count_or_0)
     add("prompt", "text that the two samples continue; type a line break as $'\\n' in bash")
     add("max_new_tokens", "tokens per sample", type=count)
-    eval_only_help = "only print the validation loss and the HellaSwag score of a checkpoint"
-    group.add_argument("--eval_only", action="store_true", help=eval_only_help)
+    add("eval_only", "only print the validation loss and HellaSwag score", action="store_true")
 
     group = parser.add_argument_group("system")
-    group.add_argument("--log_dir", default="log", help="directory of the log and the checkpoints (default: log)")
+    add("log_dir", "directory of the log and the checkpoints (default: log)", default="log")
     add("log_interval", "steps between lines on the screen", type=count)
     add("checkpoint_interval", "steps between checkpoints", type=count)
     add("keep_checkpoints", "number of checkpoints to keep; 0: all", type=count_or_0)
-    add("save_best", "keep the model with the lowest validation loss in log_dir/best", action=switch)
-    resume_help = "continue the run in --log_dir, with its flags, or start it if there is none"
-    group.add_argument("--resume", action="store_true", help=resume_help)
-    add("wandb", "also send the metrics to this project of Weights & Biases", metavar="PROJECT")
-    device_help = "auto, cpu, cuda, cuda:1, mps, ... (default: auto, one GPU per process)"
-    group.add_argument("--device", default="auto", help=device_help)
-    dtype_help = "precision of matmuls (default: bfloat16 where it is fast)"
-    add("dtype", dtype_help, choices=[*DTYPES])
+    add("save_best", "keep the model with the lowest loss in log_dir/best", action=switch)
+    add("resume", "continue the run in --log_dir, or start it there", action="store_true")
+    add("wandb", "send the metrics to this project of Weights & Biases", metavar="PROJECT")
+    add("device", "auto (one GPU per process), cpu, cuda, cuda:1, mps, ...", default="auto")
+    add("dtype", "dtype of matmuls (default: bfloat16 where fast)", choices=[*DTYPES])
     add("compile", "use torch.compile (default: on GPUs only)", action=switch)
     parser.set_defaults(fingerprint=None)  # of the data, saved with the flags
     return parser.parse_args()
@@ -1513,11 +1466,9 @@ def init_process(device_name):
     torchrun_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if device_name == "auto" and not torch.cuda.is_available() and shutil.which("nvidia-smi"):
-        problem = "PyTorch cannot use this machine's NVIDIA driver"
-        problem += ": see the section Requirements of the README, or use --device cpu"
-        if world_size > 1:
-            fail(problem)
-        warn(problem)
+        advice = "see the section Requirements of the README, or use --device cpu"
+        report = fail if world_size > 1 else warn
+        report(f"PyTorch cannot use this machine's NVIDIA driver: {advice}")
     if world_size == 1:
         return Process(0, 1, pick_device(device_name), torchrun_pid)
     # torchrun tells each process which one it is, and each takes one GPU
@@ -1532,12 +1483,10 @@ def init_process(device_name):
     else:
         problem = f"{num_processes} processes need as many GPUs, but there are {num_gpus}"
         fail(f"{problem}: use a smaller --nproc_per_node, or --device cpu")
-    # The other ranks wait while rank 0 saves a checkpoint, which takes minutes for a large model on
-    # a slow disk. The price of the long timeout: if a rank hangs without crashing, the others
-    # notice it after an hour.
+    # The others wait while rank 0 saves a model, which takes minutes on a slow disk.
     timeout = timedelta(hours=1)
     # The processes find each other through a key-value store in torchrun. After a restart on one
-    # machine, it still holds the addresses of the dead processes, which a prefix hides. On several
+    # machine, it still has the addresses of the dead processes, which a prefix hides. On several
     # machines, an environment variable does (docs/reliability.md).
     store = None
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -1571,13 +1520,11 @@ def sum_over_ranks(tensor):
 
 
 def open_data(args):
-    """Return (description of the data set, training data, validation data). Sets args.fingerprint.
-
-    A resumed run must have the same data as before.
-    """
+    """Return (meta.json, training data, validation data). Sets args.fingerprint."""
     meta = on_rank_0(read_data_set, args.data_dir)
+    # a resumed run must have the same data as before
     if args.fingerprint not in (None, meta["fingerprint"]) and not args.eval_only:
-        problem = f"the data in --data_dir {args.data_dir} is {meta['fingerprint']}, but the run"
+        problem = f"--data_dir {args.data_dir} has the data {meta['fingerprint']}, but the run"
         fail(f"{problem} has {args.fingerprint}: use the same data, or another --log_dir")
     args.fingerprint = meta["fingerprint"]
     train_data = TokenDataset(args.data_dir, "train", meta, args.block_size, args.seed, args.shuffle)
@@ -1619,7 +1566,7 @@ def default_dtype(device, n_embd):
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if has_bfloat16 else "float16"
-    if device.type == "cpu" and n_embd >= 256:  # a small model loses more by conversions than it gains
+    if device.type == "cpu" and n_embd >= 256:  # conversions slow small models down
         capabilities = torch.cpu.get_capabilities()
         if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
             return "bfloat16"
@@ -1632,7 +1579,7 @@ def init_precision(dtype, device):
     Matmuls and attention run in dtype. Weights, gradients, optimizer state and the loss stay in
     float32: a small update would vanish in a bfloat16 weight, which has only 8 significant bits.
     """
-    # float32 matmuls use TF32 on GPUs that have it: 8 exponent bits as in float32, 10 mantissa bits
+    # float32 matmuls use TF32 on GPUs that have it, which has only 10 mantissa bits
     torch.set_float32_matmul_precision("high")
     autocast = nullcontext()
     if dtype != "float32":
@@ -1651,26 +1598,24 @@ def choose_micro_batch_size(model, args, process, autocast):
             f"--micro_batch_size {size} * --block_size {args.block_size} * {process.world_size} "
             "processes: change one of them"
         )
-    num_windows = args.total_batch_size // args.block_size // process.world_size  # per step and rank
+    # windows per step and rank
+    num_windows = args.total_batch_size // args.block_size // process.world_size
     if args.micro_batch_size is None and process.device.type == "cuda":
         # try 2, 4, 8, ... sequences, up to 64, that divide num_windows
         while size < math.gcd(num_windows, 64) and fits_on_gpu(model, 2 * size, process, autocast):
             size = 2 * size
     elif args.micro_batch_size is None:
-        limit = 16 if args.block_size < 256 else 4  # larger ones do not fit into the caches of a CPU
+        limit = 16 if args.block_size < 256 else 4  # more do not fit into the caches of a CPU
         size = math.gcd(num_windows, limit)
     return size, num_windows // size
 
 
 def fits_on_gpu(model, size, process, autocast):
-    """Return whether a micro-batch of size sequences fits on the GPU of every rank.
-
-    Runs the forward and the backward pass of the uncompiled model. 10% of the memory that other
-    programs have left stays free.
-    """
+    """Return whether a micro-batch of size sequences fits on the GPU of every rank."""
     device = process.device
+    # Leave 10% of the memory free that other programs do not use. The optimizers do not exist yet:
+    # AdamW keeps two float32 averages, 8 bytes per parameter.
     free, _ = torch.cuda.mem_get_info(device)
-    # the optimizers do not exist yet: AdamW keeps two float32 averages, 8 bytes per parameter
     limit = 0.9 * (free + torch.cuda.memory_allocated(device)) - 8 * model.num_params
     torch.cuda.reset_peak_memory_stats(device)
     idx = torch.zeros(size, model.config.block_size, dtype=torch.long, device=device)
@@ -1690,8 +1635,8 @@ def fits_on_gpu(model, size, process, autocast):
 def wrap_model(model, args, process, autocast, micro_batch_size, grad_accum_steps):
     """Return (training_model, compiled_model), which share the weights of model.
 
-    training_model averages gradients over the ranks; compiled_model is for validation. model itself
-    is used where lengths vary, because compiled code is made for one shape.
+    training_model averages gradients over the ranks. compiled_model is for validation. Compiled
+    code is made for one shape, so model itself is used where lengths vary.
     """
     compiled_model = model
     if args.compile or (args.compile is None and process.device.type == "cuda"):
@@ -1703,7 +1648,7 @@ def wrap_model(model, args, process, autocast, micro_batch_size, grad_accum_step
         return compiled_model, compiled_model
     # DistributedDataParallel (DDP) averages the gradients over the ranks during the backward pass.
     # torch.compile can split the model at DDP's buckets of gradients, so that the all-reduce of one
-    # bucket overlaps with the computation of the next. The parts run slower than one graph, so this
+    # bucket overlaps with the computation of the next. The parts run slower than one graph, so it
     # is worthwhile only if every backward pass communicates.
     torch._dynamo.config.optimize_ddp = grad_accum_steps == 1
     # Gradients are stored in the buckets that are all-reduced, not copied to them.
@@ -1711,7 +1656,8 @@ def wrap_model(model, args, process, autocast, micro_batch_size, grad_accum_step
     # DDP regroups its gradients after its first backward pass, which changes the order of
     # summation. Without this pass, the first step of a resumed run would differ in the last bit
     # from the same step of an uninterrupted run.
-    windows = torch.zeros(micro_batch_size, args.block_size + 1, dtype=torch.long, device=process.device)
+    windows = torch.zeros(micro_batch_size, args.block_size + 1, dtype=torch.long)
+    windows = windows.to(process.device)
     training_model.train()
     with autocast:
         _, loss = training_model(windows[:, :-1], windows[:, 1:])  # views, as in load_batch
@@ -1736,25 +1682,27 @@ PEAK_FLOPS = {
 }
 
 
+def name_of(device):
+    """Return the name of a GPU, such as NVIDIA H200, or the type of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def print_header(args, model, train_data, val_data, process, micro_batch_size, grad_accum_steps):
     """Print what is about to run, with every setting resolved."""
-    device_name = process.device.type
-    if process.device.type == "cuda":
-        device_name = torch.cuda.get_device_name(process.device)
+    world_size, device_name = process.world_size, name_of(process.device)
     say("settings: " + " ".join(f"{name}={value!r}" for name, value in vars(args).items()))
-    say(f"torch {torch.__version__}, {process.world_size} x {device_name}, {model.num_params:,} parameters")
-    say(f"train: {train_data.num_windows:,} windows in {len(train_data.paths)} shards, val: {val_data.num_windows:,}")
+    say(f"torch {torch.__version__}, {world_size} x {device_name}, {model.num_params:,} parameters")
+    say(f"train: {train_data.num_windows:,} windows in {len(train_data.paths)} shards")
+    say(f"val: {val_data.num_windows:,} windows in {len(val_data.paths)} shards")
     say(
-        f"{args.total_batch_size:,} tokens per step = {grad_accum_steps} micro-steps x {process.world_size} "
+        f"{args.total_batch_size:,} tokens per step = {grad_accum_steps} micro-steps x {world_size} "
         f"processes x {micro_batch_size} sequences x {args.block_size} tokens"
     )
 
 
 def average_over_ranks(loss, norm, stop_requested, world_size):
-    """Return (mean loss, gradient norm, whether any rank was asked to stop) over all ranks.
-
-    All three share one copy to the CPU, because each copy makes the CPU wait for the GPU.
-    """
+    """Return (mean loss, mean norm, whether any rank was asked to stop)."""
+    # one copy to the CPU for all three, because each copy makes the CPU wait for the GPU
     values = torch.stack((loss, norm, torch.full_like(loss, stop_requested))) / world_size
     if world_size > 1:
         dist.all_reduce(values)
@@ -1764,10 +1712,10 @@ def average_over_ranks(loss, norm, stop_requested, world_size):
 
 def fail_at_bad_step(step, loss, norm, device):
     """Report a loss or gradient norm that is NaN or infinite. Nothing of this step is saved."""
-    advice = "start a new run from the newest checkpoint with --init_from and a lower --learning_rate"
+    advice = "start a new run with --init_from and a lower --learning_rate"
     if math.isfinite(loss) and device.type == "cuda":
-        # Some versions of cuDNN have an attention whose backward pass overflows. Compiled code must
-        # not come from the cache, which does not notice that another kernel was chosen.
+        # In some versions of cuDNN, the backward pass of attention overflows. The cache of compiled
+        # code does not notice that another kernel was chosen.
         variables = "TORCH_CUDNN_SDPA_DEPRIORITIZED=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
         advice = f"try --resume with {variables} in the environment, or {advice}"
     fail(f"step {step}: the loss is {loss} and the gradient norm {norm}: {advice}")
@@ -1777,16 +1725,14 @@ def mfu(model, tokens_per_second, process):
     """Return the model FLOPs utilization, or None if the peak of the device is not known.
 
     A token takes 6 FLOPs per parameter, forward and backward, and 12 * n_layer * n_embd *
-    block_size for attention (PaLM, 2022, appendix B). As usual, the half of attention that the
-    causal mask makes unnecessary is counted too.
+    block_size for attention (PaLM, 2022, appendix B), which includes what the causal mask hides.
     """
-    is_cuda = process.device.type == "cuda"
-    name = torch.cuda.get_device_name(process.device) if is_cuda else None
-    if name not in PEAK_FLOPS:
+    peak = PEAK_FLOPS.get(name_of(process.device))
+    if peak is None:
         return None
     config = model.config
     flops_per_token = 6 * model.num_params + 12 * config.n_layer * config.n_embd * config.block_size
-    return flops_per_token * tokens_per_second / (PEAK_FLOPS[name] * process.world_size)
+    return flops_per_token * tokens_per_second / (peak * process.world_size)
 
 
 def report_step(run_directory, model, args, process, step, loss, lr, norm, dt):
@@ -1794,7 +1740,7 @@ def report_step(run_directory, model, args, process, step, loss, lr, norm, dt):
     speed = args.total_batch_size / dt
     metrics = {"train": f"{loss:.6f}", "lr": f"{lr:.4e}", "norm": f"{norm:.4f}"}
     metrics["tok/s"] = f"{speed:.1f}"
-    if not math.isfinite(norm):  # a gradient overflowed in float16, and no parameter has moved
+    if not math.isfinite(norm):  # float16 only: update_parameters skipped this step
         metrics["skipped"] = 1
     run_directory.log(step, **metrics)
     if step % args.log_interval == 0:
@@ -1808,7 +1754,7 @@ def report_step(run_directory, model, args, process, step, loss, lr, norm, dt):
 
 
 def report_validation(run_directory, model, enc, args, device, autocast, step, val_loss):
-    """Report a validation: in log.txt, as the best model, and with two samples on the screen."""
+    """Report a validation: write log.txt and the best model, and print two samples."""
     run_directory.log(step, val=f"{val_loss:.4f}")
     say(f"step {step:5d} | val loss: {val_loss:.4f}")
     if args.save_best:
@@ -1824,8 +1770,7 @@ def main():
     process = init_process(args.device)
     rank, world_size, device, _ = process
 
-    # Rank 0 locks the run directory, chooses a checkpoint and checks the data; all ranks use its
-    # results.
+    # Rank 0 locks the run directory, chooses a checkpoint and checks the data, for all ranks.
     run_directory = RunDirectory(args.log_dir)
     checkpoint = on_rank_0(run_directory.open, args)
     trainer_state = load_trainer_state(checkpoint) if checkpoint else None
@@ -1833,8 +1778,7 @@ def main():
     meta, train_data, val_data = open_data(args)
     hellaswag = on_rank_0(load_hellaswag, args, meta["tokenizer"])
 
-    # The model and the optimizers, new or from the checkpoint, then torch.compile and DDP around
-    # the model.
+    # The model and the optimizers, new or from the checkpoint, then torch.compile and DDP.
     model = init_model(args, meta["tokenizer"], checkpoint).to(device)
     args.dtype = args.dtype or default_dtype(device, args.n_embd)
     autocast, scaler = init_precision(args.dtype, device)
@@ -1844,10 +1788,10 @@ def main():
     micro_batch_size, grad_accum_steps = choose_micro_batch_size(model, args, process, autocast)
     optimizers = configure_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay, device)
     start_step = restore_optimizers(trainer_state, optimizers, scaler) if checkpoint else 0
-    del trainer_state  # has a copy of the optimizer state in the CPU's memory
+    del trainer_state  # frees the CPU's copy of the optimizer state
     training_model, compiled_model = wrap_model(model, args, process, autocast, micro_batch_size, grad_accum_steps)
 
-    # Rank 0 opens the log and prints what is about to run.
+    # Rank 0 writes the settings to run.json, opens the log and prints what is about to run.
     settings = {**vars(args), "tokenizer": meta["tokenizer"], "source": meta["source"]}
     on_rank_0(run_directory.start, start_step, args, settings)
     print_header(args, model, train_data, val_data, process, micro_batch_size, grad_accum_steps)
@@ -1893,9 +1837,8 @@ def main():
         torch.manual_seed(args.seed + step * world_size + rank)
         loss = torch.zeros((), device=device)  # reading it would wait for the computation
         for i in range(grad_accum_steps):
-            # DDP averages the gradients over the ranks during a backward pass. Doing it once per
-            # step, in the last backward pass, is enough. no_sync must also cover the forward pass,
-            # which prepares it.
+            # DDP averages the gradients over the ranks during a backward pass. Once per step, in
+            # the last one, is enough. no_sync must also cover the forward pass, which prepares it.
             gradient_sync = nullcontext()
             if world_size > 1 and i < grad_accum_steps - 1:
                 gradient_sync = training_model.no_sync()
@@ -1913,15 +1856,14 @@ def main():
         # clip the gradients, which limits the effect of a bad batch, and update the parameters
         lr = SCHEDULES[args.schedule](step, args.learning_rate, args.warmup_steps, args.max_steps)
         norm = update_parameters(model, optimizers, scaler, lr, args.grad_clip)
-        # DDP's gradients are views of its buckets, which must stay: they are filled with zeros
-        # instead of freed.
+        # DDP's gradients are views of its buckets, so they are set to zero instead of freed
         model.zero_grad(set_to_none=world_size == 1)
 
         # report the step; its loss is the mean over all micro-batches and ranks
-        stop_here = stop_request.requested()
-        mean_loss, mean_norm, all_ranks_stop = average_over_ranks(loss, norm, stop_here, world_size)
+        stop_requested = stop_request.requested()
+        mean_loss, mean_norm, all_ranks_stop = average_over_ranks(loss, norm, stop_requested, world_size)
         dt = time.perf_counter() - start
-        # a gradient may overflow in float16: update_parameters has skipped such a step
+        # in float16, update_parameters has skipped a step whose gradients overflowed
         if not math.isfinite(mean_loss) or not (math.isfinite(mean_norm) or scaler.is_enabled()):
             fail_at_bad_step(step, mean_loss, mean_norm, device)
         report_step(run_directory, model, args, process, step, mean_loss, lr, mean_norm, dt)
@@ -1929,8 +1871,7 @@ def main():
     if all_ranks_stop:
         reason = stop_request.reason or "a signal to another rank"
         say(f"stopped by {reason} at step {step}: continue with {resume_command(args, world_size)}")
-    # Free DDP, which has a reference to the process group, before the group. Otherwise gloo can
-    # deadlock.
+    # DDP refers to the process group, and gloo can deadlock if the group is destroyed first
     del training_model
     if world_size > 1:
         dist.destroy_process_group()
@@ -1939,7 +1880,7 @@ def main():
 
 def run(main):
     """Call main() and end the process. Expected failures print one line instead of a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until StopRequest, Ctrl-C ends the script at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script until StopRequest
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace", line_buffering=True)
     status, message = 0, None
@@ -1953,11 +1894,12 @@ def run(main):
     except Exception as error:
         status = 1
         # PyTorch raises a RuntimeError if the CPU's memory is full, and gloo if it loses a rank
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        memory_errors = (MemoryError, torch.OutOfMemoryError)
+        if isinstance(error, memory_errors) or "can't allocate memory" in str(error):
             status, message = 2, "out of memory: use a smaller --micro_batch_size or model"
         elif not isinstance(error, dist.DistError) and "gloo" not in str(error):
             traceback.print_exc()
-        elif os.environ["RANK"] in ("0", "1"):  # two report it, because rank 0 may have crashed
+        elif os.environ["RANK"] in ("0", "1"):  # rank 0 may have crashed
             message = "lost contact with another rank: continue with --resume"
     if message:
         print(f"error: {message}", file=sys.stderr)

@@ -113,9 +113,8 @@ def write_jsonl(path, examples):
 
 def write_parquet(path, examples):
     """Write examples as parquet with labels as text, as the Hub has them. Returns path."""
-    columns = {name: [example[name] for example in examples] for name in examples[0]}
-    columns["label"] = [str(label) for label in columns["label"]]
-    pq.write_table(pa.table(columns), path)
+    rows = [{**example, "label": str(example["label"])} for example in examples]
+    pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
 

@@ -538,7 +538,7 @@ def test_the_terminal_continues_prompts_until_ctrl_d(tmp_path):
     keys = [b"ab\n", b"x" * 50 + b"\n", b"cd\n", b"\x04"]
     shown = b""
     with contextlib.suppress(OSError):  # raised when the script has ended
-        while chunk := os.read(keyboard, 1000):
+        for chunk in iter(lambda: os.read(keyboard, 1000), b""):
             shown += chunk
             if shown.endswith(b"> "):
                 os.write(keyboard, keys.pop(0))

@@ -13,6 +13,7 @@ import importlib
 import itertools
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -36,12 +37,14 @@ from conftest import (
     at_step,
     call,
     command,
+    edit_json,
     flip_bit,
     losses,
     names_in,
     read_log,
     replace_tokens,
     reproducible,
+    run,
     send,
     sign,
     truncate,
@@ -172,18 +175,20 @@ def test_an_interrupted_run_ends_with_the_same_bytes(byte_shards, tmp_path, whol
     assert (done.returncode, done.stderr) == (status, "")
     if status == 0:
         assert f"step {saved_step}" in done.stdout.splitlines()[-1]
-        assert "--resume" in done.stdout.splitlines()[-1]
     assert names_in(log_dir, "step_")[-1] == f"step_{saved_step:06d}"
     succeed(byte_shards, log_dir, *FLAGS, "--resume")
     assert_same_run(log_dir, whole)
 
 
-def test_max_hours_are_hours(byte_shards, tmp_path, whole):
-    """3e-4 hours are 1.08 seconds. Start-up does not count, so the time is that of the steps."""
-    flags = [*ENDLESS, "--log_interval", 1000, "--max_hours", 3e-4]
-    assert "--max_hours" in succeed(byte_shards, tmp_path / "log", *flags)
-    speeds = losses(tmp_path / "log", "tok/s").values()
-    assert 0.3 < sum(128 / speed for speed in speeds) < 20
+def test_the_command_that_a_stopped_run_prints_continues_it(byte_shards, tmp_path, whole):
+    """It has no flags of the run: they are in the checkpoint."""
+    done = train(byte_shards, tmp_path / "log", *FLAGS, before=at_step(2, send("SIGTERM")))
+    python, script, *flags = shlex.split(done.stdout.splitlines()[-1].partition("continue with ")[2])
+    assert python == "python" and "--resume" in flags and "--n_layer" not in flags
+    # the script of a forked run is bytecode
+    done = run("train_gpt2", *flags)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_same_run(tmp_path / "log", whole)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
@@ -443,49 +448,14 @@ def test_a_directory_with_a_run_is_not_overwritten(stopped, tmp_path, remains):
     assert names_in(tmp_path / "new") == sorted(["lock", remains])
 
 
-def test_a_return_sets_later_checkpoints_aside(stopped, whole, monkeypatch):
-    """If Slurm restarts the same command, it does not go back again."""
-    data_dir, log_dir = stopped
-    line = [data_dir, log_dir, *FLAGS, "--resume", log_dir / "step_000002"]
-    before = weights_file(log_dir, 4).read_bytes()
-    assert "at step 2" in succeed(*line, before=at_step(0, send("SIGTERM")))
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert "at step 3" in succeed(*line)
-    assert_same_run(log_dir, whole)
-    # a second return overwrites nothing that the first one set aside
-    monkeypatch.delenv("SLURM_RESTART_COUNT")
-    assert "at step 3" in succeed(*line[:-1], log_dir / "step_000003")
-    assert (log_dir / "former_step_000004" / "model.safetensors").read_bytes() == before
-    names = ["former_step_000004", "former_step_000004_2", "former_step_000005"]
-    assert names_in(log_dir, "former") == names
-    assert_same_run(log_dir, whole)
-
-
-@pytest.mark.parametrize("fault", ["a flag", "damage", "another run"])
-def test_a_return_that_is_refused_changes_nothing(stopped, tmp_path, fault):
-    data_dir, log_dir = stopped
-    target, flags, words = log_dir / "step_000002", [], "step_000002"
-    if fault == "a flag":
-        flags, words = ["--learning_rate", 0.5], "--learning_rate"
-    elif fault == "damage":
-        truncate(target / "model.safetensors")
-    else:
-        shutil.copytree(log_dir, tmp_path / "other")
-        target, words = tmp_path / "other" / "step_000002", "other/step_000002"
-    before = names_in(log_dir)
-    done = train(data_dir, log_dir, *FLAGS, "--resume", target, *flags)
-    assert_user_error(done, words)
-    assert names_in(log_dir) == before
-
-
 # ------------------------------------------------------------------------------ NaN and infinity
 def test_a_nan_loss_on_one_rank_stops_both(byte_shards, tmp_path, whole):
     before = at_loss(3, lambda loss: loss * float("nan"), rank=1)
     line = [byte_shards, tmp_path / "log", *FLAGS, *TWO_RANKS]
-    for done in start(*line, ranks=2, before=before).wait():
-        assert done.returncode != 0
-        assert "step 3" in done.stderr and "nan" in done.stderr
-        assert "Traceback" not in done.stderr
+    results = start(*line, ranks=2, before=before).wait()
+    assert [done.returncode for done in results] == [2, 2]
+    err = "".join(done.stderr for done in results)
+    assert "step 3" in err and "nan" in err and err.count("\n") == 1
     assert names_in(tmp_path / "log", "step_") == ["step_000002"]
     assert max(losses(tmp_path / "log")) == 2
     assert statuses(*line, "--resume", ranks=2) == [0, 0]
@@ -571,15 +541,16 @@ def test_a_run_with_only_damaged_checkpoints_is_refused(stopped):
     assert names_in(log_dir, "step") == ["step_1000000", "step_999999"]
 
 
-@pytest.mark.xfail(strict=True, reason="the new checkpoint is deleted, and the damaged one is kept")
-def test_a_kill_after_a_damaged_checkpoint_loses_nothing(stopped, whole):
-    """Two faults in a row, with room for one checkpoint."""
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_kill_after_a_damaged_checkpoint_loses_nothing(stopped, whole, keep):
+    """Two faults in a row. The new checkpoints have lower numbers than the damaged one."""
     data_dir, log_dir = stopped
     flip_bit(weights_file(log_dir, 4))
     line = [data_dir, log_dir, *FLAGS, "--resume"]
-    line += ["--keep_checkpoints", 1, "--checkpoint_interval", 1]
+    line += ["--keep_checkpoints", keep, "--checkpoint_interval", 1]
     before = at_step(1, send("SIGKILL"))  # it resumes at step 2, and saves step 3
     assert train(*line, before=before).returncode == -signal.SIGKILL
+    assert names_in(log_dir, "step_")[-1] == "step_000003"
     succeed(*line)
     assert_same_run(log_dir, whole)
 
@@ -616,7 +587,6 @@ def test_nan_weights_stop_the_run_before_they_are_used(stopped):
     done = train(data_dir, log_dir, *FLAGS, "--resume")
     assert done.returncode != 0
     assert "step 4" in done.stderr and "nan" in done.stderr
-    assert SHARD in done.stderr  # the data of the step
     assert not (log_dir / "step_000005").exists()
 
 
@@ -640,6 +610,14 @@ def test_a_log_loses_the_lines_of_repeated_steps_and_no_others(stopped, whole):
     log = reproducible(log_dir)
     assert log.pop((3, "hella")) == "0.2504"
     assert log == reproducible(whole)
+
+
+def test_data_from_another_source_with_the_same_tokens_resume(stopped, whole):
+    """For example shards that were regenerated after their text was moved."""
+    data_dir, log_dir = stopped
+    edit_json(data_dir / "meta.json", source={"path": "another/place.txt"})
+    succeed(data_dir, log_dir, *FLAGS, "--resume")
+    assert_same_run(log_dir, whole)
 
 
 DATA_DAMAGES = [(SHARD, damage) for damage in [*DAMAGES.values(), replace_tokens]]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from functools import partial
 
@@ -29,6 +30,7 @@ from conftest import (
     read_windows,
     reproducible,
     run,
+    sign,
     tiny_flags,
     weights_file,
     write_data_set,
@@ -259,21 +261,25 @@ def test_muon_on_two_ranks_or_resumed_ends_where_one_process_does(byte_shards, t
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_every_rank_has_its_own_dropout(tmp_path, dropout):
-    """All windows of these data are equal, so that only dropout can make a difference."""
+def test_every_rank_and_step_has_its_own_dropout(tmp_path, dropout):
+    """All windows of these data are equal and the weights stay, so only dropout makes a difference."""
     tokens = np.tile(np.arange(16), 20)
     data_dir = write_data_set(tmp_path / "data", [tokens], [tokens])
 
-    def record(loss, rank):
-        (tmp_path / f"loss_{rank}").write_text(str(loss.item()))
-        return loss
-
     def before(rank):
-        at_loss(0, partial(record, rank=rank))(rank)
+        def record(loss):
+            with open(tmp_path / "losses", "a") as file:
+                file.write(f"{loss.item():.5f}\n")
+            return loss
 
-    train_on_ranks(2, data_dir, tmp_path / "log", before=before, micro_batch_size=4, dropout=dropout)
-    values = {(tmp_path / f"loss_{rank}").read_text() for rank in (0, 1)}
-    assert len(values) == (2 if dropout else 1)
+        for step in range(5):
+            at_loss(step, record)(rank)
+
+    changes = {"micro_batch_size": 4, "dropout": dropout, "learning_rate": 1e-12, "weight_decay": 0}
+    train_on_ranks(2, data_dir, tmp_path / "log", before=before, **changes)
+    values = (tmp_path / "losses").read_text().split()
+    assert len(values) == 2 * 5
+    assert len(set(values)) == (10 if dropout else 1)
 
 
 # --------------------------------------------------------------------------------- torch.compile
@@ -300,16 +306,26 @@ def count_graphs(path):
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 4], ids=["accumulation", "no accumulation"])
-def test_compiled_ddp_gives_the_same_weights(one_run, byte_shards, tmp_path, micro_batch_size):
-    """There is one graph each for training and validation. A smaller last batch compiles nothing."""
-    changes = {"micro_batch_size": micro_batch_size, "eval_interval": 1}
-    before = count_graphs(tmp_path / "graphs")
+def test_compiled_ddp_gives_the_same_weights(byte_shards, tmp_path, micro_batch_size):
+    """Without accumulation, training is split at DDP's buckets: this model of 4 MB has several of 1 MB.
+
+    Otherwise there is one graph each for training and validation. A smaller last batch compiles nothing.
+    """
+
+    def before(rank):
+        count_graphs(tmp_path / "graphs")(rank)
+        ddp = torch.nn.parallel.DistributedDataParallel
+        torch.nn.parallel.DistributedDataParallel = partial(ddp, bucket_cap_mb=1)
+
+    changes = {"n_embd": 192, "eval_interval": 1}
+    train(byte_shards, tmp_path / "expected", **changes)
+    changes["micro_batch_size"] = micro_batch_size
     train_on_ranks(2, byte_shards, tmp_path / "log", "--compile", before=before, **changes)
     for rank in (0, 1):
-        assert (tmp_path / f"graphs_{rank}").read_text().count("graph") == 2
+        num_graphs = (tmp_path / f"graphs_{rank}").read_text().count("graph")
+        assert num_graphs == 2 if micro_batch_size == 2 else num_graphs > 2
     assert len(losses(tmp_path / "log", "val")) == 6
-    assert_same_weights(tmp_path / "log", one_run[1])
-    assert_same_losses(tmp_path / "log", one_run[1])
+    assert_same_losses(tmp_path / "log", tmp_path / "expected")
 
 
 @pytest.mark.skipif("INDUCTOR" not in os.environ, reason="takes a minute and a C++ compiler: set INDUCTOR=1")
@@ -325,13 +341,11 @@ def test_compiled_code_gives_the_same_weights(byte_shards, tmp_path):
     assert_same_weights(tmp_path / "log", tmp_path / "expected", step=3)
 
 
-def test_training_continues_without_a_compiler_and_says_so_once(one_run, byte_shards, tmp_path):
+def test_a_missing_compiler_is_one_line(byte_shards, tmp_path):
     flags = [*TINY, "--data_dir", byte_shards, "--log_dir", tmp_path / "log", "--compile"]
     environment = {"CXX": "no-such-compiler", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = run("train_gpt2", *flags, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert len(lines_with("no-such-compiler", done.stdout + done.stderr)) == 1
-    assert weights(tmp_path / "log") == weights(one_run[1])
+    assert_user_error(run("train_gpt2", *flags, env=environment), "no-such-compiler", "--no-compile")
+    assert not (tmp_path / "log" / "log.txt").exists()
 
 
 # ----------------------------------------------------------------------------------- validation
@@ -372,9 +386,23 @@ def test_a_run_without_gpt2s_vocabulary_trains_without_samples(tmp_path, monkeyp
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     monkeypatch.chdir(tmp_path)
     write_data_set(tmp_path / "data", [np.arange(400)], [np.arange(100)], 50257)
-    stdout = train("data", "log", max_steps=1)
-    assert len(lines_with("TIKTOKEN_CACHE_DIR", stdout)) == 1
+    done = try_to_train("data", "log", max_steps=1)
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
     assert weights_file(tmp_path / "log", 1).exists()
+
+
+@pytest.mark.parametrize("source", ["--resume", "--init_from"])
+def test_eval_only_prints_the_loss_of_a_checkpoint_and_writes_nothing(one_run, byte_shards, tmp_path, source):
+    shutil.copytree(one_run[1], tmp_path / "log")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    flags = ["--resume"] if source == "--resume" else ["--init_from", tmp_path / "log", "--block_size", 16]
+    flags += ["--val_tokens", 400, "--data_dir", byte_shards, "--log_dir", tmp_path / "log", "--device", "cpu"]
+    done = call("train_gpt2", "--eval_only", *flags)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{losses(one_run[1], 'val')[5]:.4f}" in done.stdout
+    assert "| loss" not in done.stdout
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 # ---------------------------------------------------------------------------------------- dtypes
@@ -469,8 +497,10 @@ def test_transformers_computes_the_same_logits_from_a_checkpoint(one_run):
 
 @pytest.mark.gpt2
 def test_transformers_pipeline_continues_text_from_a_checkpoint(one_run):
+    """The call without further arguments ends at the model's 16 positions."""
     path = one_run[1] / "step_000005"
     pipeline = transformers.pipeline("text-generation", str(path), device="cpu")
+    assert pipeline("KING")[0]["generated_text"].startswith("KING")
     text = pipeline("KING", max_new_tokens=9, do_sample=False)[0]["generated_text"]
     model = load("train_gpt2").GPT.from_pretrained(path).eval()
     idx = model.generate(torch.tensor([[*b"KING"]]), 9, torch.Generator(), top_k=1)
@@ -519,8 +549,8 @@ def test_resume_removes_what_a_crash_left_and_nothing_else(one_run, byte_shards,
     shutil.copytree(one_run[1], tmp_path / "log")
     for step in (4, 5):
         remove_checkpoint(tmp_path / "log", step)
-    (tmp_path / "log" / "tmp_step_000004").mkdir()
-    (tmp_path / "log" / "tmp_step_000004" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "log" / "tmp").mkdir()
+    (tmp_path / "log" / "tmp" / "model.safetensors").write_bytes(b"half")
     (tmp_path / "log" / "notes.md").write_text("mine")
     stdout = train(byte_shards, tmp_path / "log", "--resume", eval_interval=2, checkpoint_interval=2)
     assert [int(STEP_LINE.fullmatch(line)[1]) for line in lines_with("| loss", stdout)] == [2, 3, 4]
@@ -540,9 +570,110 @@ def test_resuming_a_finished_run_changes_nothing_and_repeats_its_samples(byte_sh
     assert again.partition("step     5 | val loss: ")[2] == last_validation
 
 
-def test_the_linear_schedule_allows_a_longer_run_until_the_decay_begins(byte_shards, tmp_path):
+def test_a_run_resumes_without_any_other_flags(byte_shards, tmp_path):
+    changes = {"dropout": 0.1, "optimizer": "muon", "schedule": "wsd", "max_steps": 12, "checkpoint_interval": 6}
+    train(byte_shards, tmp_path / "whole", **changes)
+    shutil.copytree(tmp_path / "whole", tmp_path / "log")
+    remove_checkpoint(tmp_path / "log", 12)
+    done = call("train_gpt2", "--resume", "--log_dir", tmp_path / "log")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert weights(tmp_path / "log", 12) == weights(tmp_path / "whole", 12)
+    assert reproducible(tmp_path / "log") == reproducible(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_and_its_model_can_be_used(one_run, byte_shards, tmp_path):
+    """Its state had another format."""
+    shutil.copytree(one_run[1], tmp_path / "log")
+    checkpoint = tmp_path / "log" / "step_000005"
+    state = torch.load(checkpoint / "trainer.pt", weights_only=True)
+    torch.save({**state, "format": 1}, checkpoint / "trainer.pt")
+    sign(checkpoint)
+    before = (tmp_path / "log" / "log.txt").read_text()
+    assert_user_error(try_to_train(byte_shards, tmp_path / "log", "--resume"), "step_000005", "--init_from")
+    assert (tmp_path / "log" / "log.txt").read_text() == before
+    fine_tune(checkpoint, byte_shards, tmp_path / "new", "--seed", 7)
+
+
+def test_the_best_model_is_kept_across_a_resume(byte_shards, tmp_path):
+    """With this learning rate the loss falls once and then rises, also after the stop at step 6."""
+    changes = {"learning_rate": 1, "max_steps": 12, "warmup_steps": 6, "eval_interval": 1}
+    changes |= {"checkpoint_interval": 6, "keep_checkpoints": 0}
+    train(byte_shards, tmp_path / "log", "--save_best", **changes)
+    best = (tmp_path / "log" / "best" / "model.safetensors").read_bytes()
+    val = losses(tmp_path / "log", "val")
+    lowest = min(val, key=val.get)
+    assert 0 < lowest < 6
+    remove_checkpoint(tmp_path / "log", 12)
+    train(byte_shards, tmp_path / "log", "--resume", "--save_best", **changes)
+    assert (tmp_path / "log" / "best" / "model.safetensors").read_bytes() == best
+    assert "trainer.pt" not in names_in(tmp_path / "log" / "best")
+    train(byte_shards, tmp_path / "short", **{**changes, "checkpoint_interval": 1})
+    assert best == weights(tmp_path / "short", lowest)
+    done = call("sample", "--model", tmp_path / "log" / "best", "--device", "cpu", "--max_new_tokens", 4)
+    assert done.returncode == 0, done.stderr
+
+
+WANDB_STUB = """
+import json, os
+
+def write(**row):
+    if os.environ.get("WANDB_STUB") == "broken":
+        raise ConnectionError("no route to host")
+    with open(os.environ["WANDB_STUB_FILE"], "a") as file:
+        file.write(json.dumps(row) + "\\n")
+
+class Run:
+    def log(self, metrics, step): write(step=step, **metrics)
+    def finish(self): pass
+
+def init(id=None, project=None, **options):
+    write(id=id, project=project)
+    return Run()
+"""
+
+
+@pytest.fixture
+def wandb_rows(tmp_path, monkeypatch):
+    """A package wandb that writes to a file. Returns a function that reads the file."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "wandb.py").write_text(WANDB_STUB)
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setenv("WANDB_STUB_FILE", str(tmp_path / "rows.txt"))
+    yield lambda: [json.loads(line) for line in (tmp_path / "rows.txt").read_text().splitlines()]
+    sys.modules.pop("wandb", None)
+
+
+def test_wandb_gets_the_metrics_and_a_resumed_run_continues_there(wandb_rows, one_run, byte_shards, tmp_path):
+    train(byte_shards, tmp_path / "log", "--wandb", "mine", checkpoint_interval=3)
+    remove_checkpoint(tmp_path / "log")
+    train(byte_shards, tmp_path / "log", "--resume", "--wandb", "mine", checkpoint_interval=3)
+    starts = [row for row in wandb_rows() if "id" in row]
+    assert [row["project"] for row in starts] == ["mine", "mine"]
+    assert starts[0]["id"] == starts[1]["id"]
+    train_losses = {row["step"]: row["train"] for row in wandb_rows() if "train" in row}
+    assert train_losses == losses(tmp_path / "log")
+    assert weights(tmp_path / "log") == weights(one_run[1])
+
+
+def test_errors_of_wandb_do_not_end_a_run(wandb_rows, one_run, byte_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_STUB", "broken")
+    done = try_to_train(byte_shards, tmp_path / "log", "--wandb", "mine")
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
+    assert weights(tmp_path / "log") == weights(one_run[1])
+
+
+def test_a_warmup_of_more_than_half_of_the_steps_gives_one_warning(byte_shards, tmp_path):
+    done = try_to_train(byte_shards, tmp_path / "log", warmup_steps=3)
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
+    assert "--warmup_steps 3" in done.stderr and "--max_steps 5" in done.stderr
+
+
+def test_wsd_allows_a_longer_run_until_the_decay_begins(byte_shards, tmp_path):
     """A run of ten steps, whose decay begins at step 4, can become a run of twelve steps there."""
-    changes = {"schedule": "linear", "checkpoint_interval": 4, "keep_checkpoints": 0}
+    changes = {"schedule": "wsd", "checkpoint_interval": 4, "keep_checkpoints": 0}
     train(byte_shards, tmp_path / "twelve", max_steps=12, **changes)
     train(byte_shards, tmp_path / "ten", max_steps=10, **changes)
     for step in (10, 8):
@@ -610,10 +741,19 @@ def test_fine_tuning_from_a_run_takes_its_newest_checkpoint(one_run, byte_shards
     shutil.copytree(one_run[1], tmp_path / "run")
     for old_name, new_name in (("step_000005", "step_1000000"), ("step_000002", "step_999999")):
         (tmp_path / "run" / old_name).rename(tmp_path / "run" / new_name)
-    fine_tune(tmp_path / "run", byte_shards, tmp_path / "log", "--max_steps", 1)
+    fine_tune(tmp_path / "run", byte_shards, tmp_path / "log", "--seed", 7)
     val = losses(one_run[1], "val")
     assert losses(tmp_path / "log", "val")[0] == val[5]
     assert len(set(val.values())) == 4
+
+
+@pytest.mark.parametrize("model", ["log", "log/step_000005"])
+def test_a_run_from_a_run_with_the_same_seed_and_data_gives_one_warning(one_run, byte_shards, tmp_path, model):
+    flags = [*NO_SHAPE, "--data_dir", byte_shards, "--log_dir", tmp_path / "log"]
+    done = call("train_gpt2", *flags, "--init_from", one_run[1].parent / model)
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
+    assert "--seed" in done.stderr and "1337" in done.stderr
 
 
 # ------------------------------------------------------------------------------------ hellaswag
@@ -736,18 +876,23 @@ def test_only_training_and_validation_are_compiled(one_run, hellaswag_folder):
     assert (hellaswag_folder / "graphs_0").read_text().count("graph") == 2
 
 
-@pytest.mark.parametrize("reason", ["bytes", "missing", "damaged", "too long"])
-def test_training_continues_without_hellaswag_and_says_so_once(reason, hellaswag_folder, byte_shards):
+@pytest.mark.parametrize("reason", ["bytes", "missing", "too long"])
+def test_training_continues_without_hellaswag(reason, hellaswag_folder, byte_shards):
     data_dir = byte_shards if reason == "bytes" else "data"
-    path = "hellaswag/hellaswag_val.npz"
-    needles = {"missing": [path, "hellaswag.py --prepare"], "damaged": [path], "too long": ["--block_size", "16"]}
     if reason == "missing":
-        os.remove(path)
-    if reason == "damaged":
-        os.truncate(path, 500)
+        os.remove("hellaswag/hellaswag_val.npz")
     stdout = train(data_dir, "log", **{**HELLASWAG, "block_size": 16, "total_batch_size": 128})
-    [line] = lines_with("HellaSwag", stdout)
-    for needle in needles.get(reason, []):
+    needles = {"bytes": [], "missing": ["hellaswag.py --prepare"], "too long": ["--block_size is 16"]}
+    lines = lines_with("HellaSwag", stdout)
+    assert len(lines) == len(needles[reason])
+    for line, needle in zip(lines, needles[reason], strict=True):
         assert needle in line
     assert not losses("log", "hella")
     assert len(losses("log")) == 4
+
+
+def test_damaged_hellaswag_examples_are_refused(hellaswag_folder):
+    os.truncate("hellaswag/hellaswag_val.npz", 500)
+    done = try_to_train("data", "log", **HELLASWAG)
+    assert_user_error(done, "hellaswag_val.npz", "--hellaswag_interval 0")
+    assert not os.path.exists("log/log.txt")
