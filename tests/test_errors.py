@@ -64,7 +64,6 @@ MISTAKES = [  # script, flags, words that the line contains
     ("fineweb", "--source texts.parquet --text_column body", "body texts.parquet"),
     ("fineweb", "--source texts.parquet --text_column id", "id int64"),
     ("fineweb", "--source texts.parquet --shard_size 0", "--shard_size 0"),
-    ("fineweb", "--source texts.parquet --local_dir model", "model --local_dir"),
     ("fineweb", "--source texts.parquet --local_dir text.txt", "text.txt"),
     ("fineweb", "--verify empty", "empty"),
     ("fineweb", "--verify nowhere", "nowhere"),
