@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, call, load, losses, read_log, tiny_flags, weights_file, write_data_set
+from conftest import ROOT, call, losses, read_log, tiny_flags, weights_file, write_data_set
 from safetensors.torch import load_file
 
 BLOCK_SIZE = 16
