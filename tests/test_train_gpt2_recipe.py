@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, call, load, losses, pretend_to_be_a_rank, read_log, tiny_flags, weights_file, write_data_set
+from conftest import ROOT, call, losses, read_log, tiny_flags, weights_file, write_data_set
 from safetensors.torch import load_file
 
 BLOCK_SIZE = 16
@@ -210,23 +210,3 @@ def test_dropout_differs_in_each_step_and_is_the_same_in_each_run(tmp_path):
     assert dropout_losses(directory, tmp_path / "2", seed=1) == first
     without = dropout_losses(directory, tmp_path / "3", seed=1, dropout=0)
     assert max(without) - min(without) <= 1e-6
-
-
-def test_dropout_differs_between_ranks(tmp_path, monkeypatch):
-    """Two ranks train five steps on equal windows with equal weights: all ten losses differ."""
-    directory = constant_shards(tmp_path / "data")
-    rank_losses = []
-    for rank in (0, 1):
-        module = load("train_gpt2")
-        pretend_to_be_a_rank(monkeypatch, module, rank, world_size=2)
-        average_over_ranks = module.average_over_ranks
-
-        def record(loss, *rest, average_over_ranks=average_over_ranks):
-            rank_losses.append(loss.item())
-            return average_over_ranks(loss, *rest)
-
-        module.average_over_ranks = record
-        flags = tiny_flags(learning_rate=1e-12, weight_decay=0, dropout=0.5, micro_batch_size=4, max_new_tokens=1)
-        done = call(module, *flags, "--data_dir", directory, "--log_dir", tmp_path / f"rank_{rank}")
-        assert done.returncode == 0, done.stderr
-    assert len(rank_losses) == len(set(rank_losses)) == 10
