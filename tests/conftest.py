@@ -71,7 +71,7 @@ TINY_FLAGS = {
 
 def tiny_flags(**changes):
     """Return TINY_FLAGS as a list of arguments, with some of them changed. None leaves a flag out."""
-    if changes.get("max_steps", 5) < 4:  # a warmup of more than half of the steps gives a warning
+    if (changes.get("max_steps") or 5) < 4:  # a warmup of more than half of the steps gives a warning
         changes = {"warmup_steps": 0, **changes}
     flags = []
     for name, value in {**TINY_FLAGS, **changes}.items():

@@ -882,7 +882,7 @@ def test_training_continues_without_hellaswag(reason, hellaswag_folder, byte_sha
     if reason == "missing":
         os.remove("hellaswag/hellaswag_val.npz")
     stdout = train(data_dir, "log", **{**HELLASWAG, "block_size": 16, "total_batch_size": 128})
-    needles = {"bytes": [], "missing": ["hellaswag.py --prepare"], "too long": ["--block_size is 16"]}
+    needles = {"bytes": [], "missing": ["hellaswag.py --prepare"], "too long": ["--block_size", "16"]}
     lines = lines_with("HellaSwag", stdout)
     assert len(lines) == len(needles[reason])
     for line, needle in zip(lines, needles[reason], strict=True):
