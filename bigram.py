@@ -32,10 +32,10 @@ def decode(ids, chars):
 
 def load_data(path):
     """Read a UTF-8 text. Returns (chars, train_data, val_data): vocabulary and two id tensors."""
-    with open(path, encoding="utf-8-sig") as file:  # drops a byte order mark, as some editors write
+    with open(path, encoding="utf-8-sig") as file:  # drops a byte order mark
         text = file.read()
-    # The vocabulary is the sorted list of all different characters, V of them. A model cannot
-    # compute with characters, so each is replaced by its id, a number from 0 to V - 1.
+    # The vocabulary is the sorted list of all V different characters. A model computes with
+    # numbers, so each character is replaced by its id from 0 to V - 1.
     chars = sorted(set(text))
     data = torch.tensor(encode(text, chars))  # (N,)
     # The last 10% are for validation. The model never trains on them, so their loss shows
@@ -134,13 +134,15 @@ def train(model, train_data, val_data, args):
 # ---------------------------------------------------------------------------------- command line
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    print("error:", *str(message).split(), file=sys.stderr)  # some messages have several lines
+    # split and print join the lines of a message
+    print("error:", *str(message).split(), file=sys.stderr)
     sys.exit(2)
 
 
 def parse_args():
-    """Parse the flags. All numbers except for the seed must be positive."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    """Parse and check the flags."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawTextHelpFormatter
     parser.error = fail  # argparse's errors in one line
     add = parser.add_argument
     add("--input", default="input.txt", help="UTF-8 text (default: input.txt)")
@@ -177,7 +179,7 @@ def main():
     print(f"{num_params:,} parameters, {len(chars)} characters")
     train(model, train_data, val_data, args)
 
-    # sample a text that begins with the first character of the vocabulary, in most texts a newline
+    # sample a text, which begins with the first character of the vocabulary, often a newline
     generator = torch.Generator().manual_seed(args.seed)
     idx = torch.tensor([[0]])  # (1, 1)
     idx = model.generate(idx, args.max_new_tokens, generator)  # (1, 1 + max_new_tokens)

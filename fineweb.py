@@ -182,7 +182,7 @@ def read_parquet(path, column):
         schema = parquet.schema_arrow
         text_types = (pa.string(), pa.large_string(), pa.string_view())
         if column not in schema.names or schema.field(column).type not in text_types:
-            columns = ", ".join(schema.names)
+            columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
             raise ValueError(f"{column} is not a text column, choose --text_column from {columns}")
         for batch in parquet.iter_batches(BATCH_SIZE, columns=[column]):
             yield batch.column(0).cast(pa.large_string())
@@ -307,14 +307,14 @@ class State:
 
 
 class ShardWriter:
-    """Collects tokens in memory, writes them to shards, and saves the state after each full shard."""
+    """Collects tokens in memory, and writes them and the state whenever a shard is full."""
 
     def __init__(self, directory, state, shard_size, max_tokens):
         self.directory = directory
         self.state = state
         self.buffer = np.empty(shard_size, "<u2")  # the tokens of the current shard
         self.used = 0  # number of tokens in the buffer
-        self.room = (max_tokens or sys.maxsize) - state.tokens  # number of tokens that may still come
+        self.room = (max_tokens or sys.maxsize) - state.tokens  # tokens that may still come
 
     def add(self, file, batch, tokens):
         """Add the tokens of a batch of a file, and write the shards that it fills."""

@@ -238,7 +238,8 @@ def fail(message):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawTextHelpFormatter
     parser.error = fail  # argparse's errors in one line
     add = parser.add_argument
     add("log_dirs", nargs="+", metavar="DIR", help="directory of a run, which contains log.txt")

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, call, tiny_flags
@@ -126,9 +128,8 @@ def test_a_compiled_variant_computes_with_its_own_attention_kernel(benchmark):
 
 # ------------------------------------------------------------------------------------ other tables
 def test_bench_fineweb_compares_with_a_pool(text_file, tmp_path, tiktoken_cache):
-    pa = pytest.importorskip("pyarrow")
     path = tmp_path / "documents.parquet"
-    pa.parquet.write_table(pa.table({"text": [text_file.read_text()[:5000]] * 50}), path)
+    pq.write_table(pa.table({"text": [text_file.read_text()[:5000]] * 50}), path)
     done = start("bench_fineweb", "--source", path, "--rounds", 1)
     assert done.returncode == 0, done.stderr
     assert rows(done.stdout)[0][0].startswith("tokenizing")
