@@ -240,7 +240,11 @@ def test_a_signal_to_one_rank_ends_an_evaluation_on_both(byte_shards, tmp_path, 
 
 # -------------------------------------------------------------------------------- at any moment
 def test_a_run_may_die_before_any_change_of_the_disk(byte_shards, tmp_path, whole):
-    """One run dies before its first change, the next one before its second, and so on."""
+    """One run dies before its first change, the next one before its second, and so on.
+
+    The checkpoint of step 5 displaces the one of step 3.
+    """
+    flags = [*FLAGS, "--checkpoint_interval", 3, "--keep_checkpoints", 1]
     for number in itertools.count(1):
         log_dir = tmp_path / str(number)
 
@@ -248,8 +252,8 @@ def test_a_run_may_die_before_any_change_of_the_disk(byte_shards, tmp_path, whol
             if n == number:
                 os._exit(9)
 
-        died = train(byte_shards, log_dir, *FLAGS, before=at_disk_change(log_dir, die))
-        succeed(byte_shards, log_dir, *FLAGS, "--resume")
+        died = train(byte_shards, log_dir, *flags, before=at_disk_change(log_dir, die))
+        succeed(byte_shards, log_dir, *flags, "--resume")
         assert names_in(log_dir, "tmp") == []
         assert_same_run(log_dir, whole)
         if died.returncode == 0:
