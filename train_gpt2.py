@@ -1158,12 +1158,14 @@ def flush_to_disk(path):
 
 
 # ------------------------------------------------------------------------------------- resuming
-# A resumed run may have other values of these flags. The first line and the number of processes
-# change the rounding and the dropout masks; the others have no influence on the weights.
-FREE_FLAGS = {"device", "dtype", "micro_batch_size", "compile"}
-FREE_FLAGS |= {"data_dir", "log_dir", "resume", "checkpoint_interval", "keep_checkpoints"}
-FREE_FLAGS |= {"save_best", "eval_only", "eval_interval", "val_tokens", "hellaswag_interval"}
-FREE_FLAGS |= {"prompt", "max_new_tokens", "log_interval", "wandb"}
+# A resumed run may have other values of these flags. Those of the first line, and the number of
+# processes, change the rounding and the dropout masks. The others do not change the weights.
+FREE_FLAGS = {
+    "device", "dtype", "micro_batch_size", "compile",
+    "data_dir", "log_dir", "resume", "checkpoint_interval", "keep_checkpoints",
+    "save_best", "eval_only", "eval_interval", "val_tokens", "hellaswag_interval",
+    "prompt", "max_new_tokens", "log_interval", "wandb",
+}  # fmt: skip
 
 
 def load_trainer_state(checkpoint):

@@ -40,7 +40,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are fastest so, and one threa
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(name, None)
 os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken_cache")  # see the fixture of the same name
-# The background job of a shell ignores Ctrl-C, and every process that it starts would, too.
+# A shell's background job ignores Ctrl-C, and so do the processes that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np  # noqa: E402 (after the variables of the environment)

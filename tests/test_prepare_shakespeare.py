@@ -252,7 +252,7 @@ def test_a_failed_download_is_an_error_and_keeps_the_file_that_was_there(downloa
     assert names_in(tmp_path) == ["data"]
     assert names_in(path.parent) == ["input.txt"]
     assert path.read_bytes() == BODY[:100]
-    # a right answer replaces the damaged file
+    # a complete download replaces the damaged file
     done, was_asked = download(200, BODY, len(BODY))
     assert (done.returncode, was_asked) == (0, True), done.stderr
     assert path.read_bytes() == BODY
