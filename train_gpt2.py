@@ -927,12 +927,12 @@ def print_samples(model, enc, args, device, autocast):
 
 def print_evaluations(model, val_data, hellaswag, args, process, autocast):
     """Print the validation loss and the HellaSwag score, for --eval_only."""
+    # signals are not handled: they end the process, because there is nothing to save
     evaluation_args = (args.micro_batch_size or 8, process, autocast, StopRequest(process))
     val_loss = evaluate(model, model, val_data, args.val_tokens, *evaluation_args)
-    if val_loss is not None:
-        say(f"val loss: {val_loss:.4f}")
-    accuracy = evaluate_hellaswag(model, hellaswag, *evaluation_args) if hellaswag else None
-    if accuracy is not None:
+    say(f"val loss: {val_loss:.4f}")
+    if hellaswag:
+        accuracy = evaluate_hellaswag(model, hellaswag, *evaluation_args)
         say(f"HellaSwag acc_norm: {accuracy:.4f}")
 
 
@@ -1272,6 +1272,9 @@ class StopRequest:
         self.reason = None
         self.first_interrupt = math.inf  # time of the first SIGINT
         self.torchrun_pid = process.torchrun_pid
+
+    def handle_signals(self):
+        """Record signals from now on, instead of ending the process."""
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             if hasattr(signal, name):  # Windows has no SIGUSR1
                 signal.signal(getattr(signal, name), self.handle)
@@ -1556,12 +1559,6 @@ def init_model(args, tokenizer, checkpoint):
         expected = model.config.tokenizer
         problem = f"{source} uses the tokenizer {expected}, but the shards in {args.data_dir}"
         fail(f"{problem} use {tokenizer}: regenerate them with --tokenizer {expected}")
-    if not checkpoint and not args.eval_only:
-        with suppress(OSError, ValueError, KeyError):  # a model from elsewhere has no run.json
-            run = json.loads(Path(find_pretrained(source), "..", "run.json").read_text())
-            if (run["seed"], run["fingerprint"]) == (args.seed, args.fingerprint):
-                problem = f"{source} was trained on the same data in the same order"
-                warn(f"{problem}: pass another --seed than {args.seed}")
     return model
 
 
@@ -1803,6 +1800,7 @@ def main():
         say(f"resuming at step {start_step} from {checkpoint}")
     enc = load_tokenizer(meta["tokenizer"]) if rank == 0 else None
     stop_request = StopRequest(process)
+    stop_request.handle_signals()
     all_ranks_stop = False  # set in the same step on all ranks, if one of them was asked to stop
     evaluation_args = (micro_batch_size, process, autocast, stop_request)  # of both evaluations
 
@@ -1884,7 +1882,7 @@ def main():
 
 def run(main):
     """Call main() and end the process. Expected failures print one line instead of a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script until StopRequest
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script until handle_signals
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace", line_buffering=True)
     status, message = 0, None
