@@ -611,8 +611,6 @@ def get_tokenizer(name):
 
 
 # --- end of copied block: get_tokenizer ---
-
-
 def load_tokenizer(name):
     """Return the tokenizer with this name. Exits with an error if it cannot be loaded."""
     advice = "connect to the network once, or set TIKTOKEN_CACHE_DIR to a directory that contains it"
@@ -647,8 +645,6 @@ def write_tokenizer_files(name, directory):
 
 
 # --- end of copied block: write_tokenizer_files ---
-
-
 # --- copied block: files ---
 @contextmanager
 def atomic_write(path):
@@ -673,8 +669,6 @@ def sha256_of(path):
 
 
 # --- end of copied block: files ---
-
-
 # --- copied block: load_shard ---
 def load_shard(path):
     """Memory-map a token shard, a .npy file or a .bin file of llm.c. Returns a uint16 array (N,)."""
@@ -691,35 +685,27 @@ def load_shard(path):
 
 
 # --- end of copied block: load_shard ---
-
-
 # ----------------------------------------------------------------------------- command line
 # --- copied block: errors ---
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    one_line = " ".join(str(message).split())  # some messages have several lines
-    print(f"error: {one_line}", file=sys.stderr)
+    print("error:", *str(message).split(), file=sys.stderr)  # some messages have several lines
     sys.exit(2)
 
 
 @contextmanager
 def explain(problem, advice):
-    """Turn any error in the with block into one line that says what failed, why, and what to do.
-
-    For blocks that use something from outside: damaged files raise errors of many types.
-    """
+    """Turn any error in the with block into one line: what failed, why, and what to do."""
     try:
         yield
-    except Exception as error:
-        # the messages of other types, such as KeyError, say nothing without the type
+    except Exception as error:  # damaged files raise errors of many types
+        # other messages, such as that of a KeyError, say nothing without the type
         is_clear = isinstance(error, (OSError, ValueError)) and str(error)
         reason = error if is_clear else f"{type(error).__name__}: {error}"
         fail(f"{problem} ({reason}): {advice}")
 
 
 # --- end of copied block: errors ---
-
-
 def parse_args():
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

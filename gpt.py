@@ -290,8 +290,6 @@ def get_lr(step, learning_rate, warmup_steps, max_steps):
 
 
 # --- end of copied block: get_lr ---
-
-
 def train(model, train_data, val_data, args, chars):
     """Train the model. Prints the loss on both parts of the data every eval_interval steps.
 
@@ -344,8 +342,7 @@ def train(model, train_data, val_data, args, chars):
 # ---------------------------------------------------------------------------------- command line
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    # split and print join the lines of a message
-    print("error:", *str(message).split(), file=sys.stderr)
+    print("error:", *str(message).split(), file=sys.stderr)  # some messages have several lines
     sys.exit(2)
 
 
