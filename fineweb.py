@@ -166,12 +166,12 @@ def find_local_files(patterns):
 def describe_files(paths, workers):
     """Return [[name, bytes, SHA-256], ...] of local files."""
     # Each start reads all files for their checksums: a file may have changed since the last run.
-    files = []
     with ThreadPoolExecutor(workers) as pool:
         checksums = pool.map(sha256_of, paths)
-        for path in tqdm(paths, desc="checksums", unit="file", disable=None, leave=False):
-            files.append([os.path.basename(path), os.path.getsize(path), next(checksums)])
-    return files
+        checksums = list(tqdm(checksums, "checksums", len(paths), unit="file", disable=None, leave=False))
+    names = [os.path.basename(path) for path in paths]
+    sizes = [os.path.getsize(path) for path in paths]
+    return [list(file) for file in zip(names, sizes, checksums, strict=True)]
 
 
 def read_parquet(path, column):
@@ -555,16 +555,16 @@ def verify(directory):
     """Check all shards of a directory, and print a summary."""
     # find the shards: meta.json lists those of our scripts, other projects have only the files
     with explain(f"cannot verify {directory}", "pass a directory of shards"):
-        names = [name for name in sorted(os.listdir(directory)) if re.fullmatch(SHARD_NAME, name)]
-        meta = {"tokenizer": "gpt2", "shards": [{"file": name} for name in names]}
         if os.path.exists(f"{directory}/meta.json"):
             meta = read_meta(directory)
         elif os.path.exists(f"{directory}/{STATE_FILE}"):
             fail(f"{directory} is not finished: run the command that makes it again")
-        elif names:
-            print(f"{directory} has no meta.json: GPT-2 tokens are assumed, and there are no checksums")
         else:
-            raise ValueError("it contains no shards")
+            names = [name for name in sorted(os.listdir(directory)) if re.fullmatch(SHARD_NAME, name)]
+            if not names:
+                raise ValueError("it contains no shards")
+            print(f"{directory} has no meta.json: GPT-2 tokens are assumed, and there are no checksums")
+            meta = {"tokenizer": "gpt2", "shards": [{"file": name} for name in names]}
     encoding = load_tokenizer(meta["tokenizer"])
 
     # check each shard, and count its tokens and documents; problems are reported at the end

@@ -564,7 +564,9 @@ def main():
     # Load the model and tokenize the prompt.
     device = pick_device(args.device)
     model, tokenizer, directory = load_model(args.model, device, getattr(torch, args.dtype))
-    prompt = read_prompt() if args.prompt == "-" else args.prompt or ""
+    prompt = args.prompt or ""
+    if prompt == "-":
+        prompt = read_prompt()
     try:
         prompt_tokens = encode_prompt(prompt, tokenizer, model.config["n_positions"])
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
