@@ -543,14 +543,6 @@ def load_model(name, device, dtype):
 
 # --- end of copied block: load_model ---
 # -------------------------------------------------------------------------------- command line
-def positive(text):
-    """Convert the value of a flag to an int of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
-
-
 def parse_args():
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -563,14 +555,18 @@ def parse_args():
         metavar="FILE",
         help="examples as parquet or JSON lines (default: %(default)s)",
     )
-    add("--limit", type=positive, metavar="N", help="use only the first N examples (default: all)")
+    add("--limit", type=int, metavar="N", help="use only the first N examples (default: all)")
     add("--output", metavar="FILE", help="JSON file for all losses and predictions (default: none)")
     add("--prepare", action="store_true", help=f"only tokenize the examples, and write {PREPARED_PATH}")
-    add("--batch_size", type=positive, help="examples per batch (default: 8 on a CPU, 32 on a GPU)")
+    add("--batch_size", type=int, help="examples per batch (default: 8 on a CPU, 32 on a GPU)")
     add("--device", default="auto", help="cpu, cuda, mps, ... (default: auto, the GPU if there is one)")
     dtypes = ["float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, help="default: bfloat16 on GPUs that have it, else float32")
     args = parser.parse_args()
+    for name in ("limit", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            fail(f"--{name} {value} is too small: use at least 1")
     # an evaluation may take an hour, so check now that its result can be written
     if args.output and not os.path.isdir(os.path.dirname(args.output) or "."):
         fail(f"cannot write --output {args.output}: choose a file in a directory that exists")

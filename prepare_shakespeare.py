@@ -80,10 +80,7 @@ def tokenize(tokenizer, text):
     else:
         # no special tokens are allowed: <|endoftext|> in the text is text like any other
         tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
-    shard = np.empty(1 + len(tokens), "<u2")
-    shard[0] = tokenizer.eot_token
-    shard[1:] = tokens
-    return shard
+    return np.concatenate(([tokenizer.eot_token], tokens), dtype="<u2", casting="unsafe")
 
 
 def write_data_set(out_dir, parts, tokenizer_name, source):

@@ -181,10 +181,10 @@ class StreamDecoder:
     def __init__(self, tokenizer, stops):
         self.tokenizer = tokenizer
         self.stops = stops
-        # so many characters at the end of a text may be the beginning of a stop text
-        self.num_pending = max(map(len, stops), default=1) - 1
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.pending = ""  # these characters, which are not returned yet
+        # A stop text may begin in the last characters of the text, so they are not returned yet.
+        self.num_pending = max(map(len, stops), default=1) - 1
+        self.pending = ""
         self.done = False
 
     def add(self, token):
@@ -202,7 +202,6 @@ class StreamDecoder:
             text = text[: min(stop_positions)]
             self.done = True
 
-        # Keep the last characters until it is clear that no stop text begins there.
         end = len(text) if self.done else max(0, len(text) - self.num_pending)
         self.pending = text[end:]
         return CONTROL_CHARACTER.sub("\ufffd", text[:end])
@@ -529,15 +528,6 @@ def parse_args():
     return args
 
 
-def read_prompt():
-    """Return the prompt for "--prompt -": all of standard input.
-
-    The byte order mark and the newline at the end, which many editors add, are not part of it.
-    """
-    prompt = sys.stdin.buffer.read().decode("utf-8-sig", errors="replace")
-    return prompt.removesuffix("\n").removesuffix("\r")  # Windows ends lines with "\r\n"
-
-
 def ask_for_prompts(model, tokenizer, args):
     """Continue each prompt that is typed on the terminal, until Ctrl-D."""
     print("type a prompt; press Ctrl-D to quit")
@@ -566,7 +556,9 @@ def main():
     model, tokenizer, directory = load_model(args.model, device, getattr(torch, args.dtype))
     prompt = args.prompt or ""
     if prompt == "-":
-        prompt = read_prompt()
+        # many editors add a byte order mark, and "\n" or, on Windows, "\r\n" at the end
+        prompt = sys.stdin.buffer.read().decode("utf-8-sig", errors="replace")
+        prompt = prompt.removesuffix("\n").removesuffix("\r")
     try:
         prompt_tokens = encode_prompt(prompt, tokenizer, model.config["n_positions"])
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
