@@ -478,6 +478,7 @@ def number(kind, lowest, highest=math.inf):
             raise argparse.ArgumentTypeError(f"{text} is not between {lowest} and {highest}")
         return value
 
+    convert.__name__ = kind.__name__  # for the message "invalid int value"
     return convert
 
 
