@@ -167,8 +167,8 @@ def describe_files(paths, workers):
     """Return [[name, bytes, SHA-256], ...] of local files."""
     # Each start reads all files for their checksums: a file may have changed since the last run.
     with ThreadPoolExecutor(workers) as pool:
-        checksums = pool.map(sha256_of, paths)
-        checksums = list(tqdm(checksums, "checksums", len(paths), unit="file", disable=None, leave=False))
+        work = pool.map(sha256_of, paths)
+        checksums = list(tqdm(work, "checksums", len(paths), disable=None, leave=False))
     names = [os.path.basename(path) for path in paths]
     sizes = [os.path.getsize(path) for path in paths]
     return [list(file) for file in zip(names, sizes, checksums, strict=True)]
@@ -560,11 +560,12 @@ def verify(directory):
         elif os.path.exists(f"{directory}/{STATE_FILE}"):
             fail(f"{directory} is not finished: run the command that makes it again")
         else:
-            names = [name for name in sorted(os.listdir(directory)) if re.fullmatch(SHARD_NAME, name)]
-            if not names:
+            names = sorted(os.listdir(directory))
+            shards = [{"file": name} for name in names if re.fullmatch(SHARD_NAME, name)]
+            if not shards:
                 raise ValueError("it contains no shards")
             print(f"{directory} has no meta.json: GPT-2 tokens are assumed, and there are no checksums")
-            meta = {"tokenizer": "gpt2", "shards": [{"file": name} for name in names]}
+            meta = {"tokenizer": "gpt2", "shards": shards}
     encoding = load_tokenizer(meta["tokenizer"])
 
     # check each shard, and count its tokens and documents; problems are reported at the end
