@@ -105,8 +105,6 @@ def estimate_loss(model, data, eval_iters, batch_size, block_size):
 
 
 # --- end of copied block: estimate_loss ---
-
-
 def train(model, train_data, val_data, args):
     """Train the model. Prints the loss on both parts of the data every eval_interval steps."""
     sizes = (args.batch_size, args.block_size)
@@ -134,8 +132,7 @@ def train(model, train_data, val_data, args):
 # ---------------------------------------------------------------------------------- command line
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    # split and print join the lines of a message
-    print("error:", *str(message).split(), file=sys.stderr)
+    print("error:", *str(message).split(), file=sys.stderr)  # some messages have several lines
     sys.exit(2)
 
 

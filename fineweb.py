@@ -166,12 +166,12 @@ def find_local_files(patterns):
 def describe_files(paths, workers):
     """Return [[name, bytes, SHA-256], ...] of local files."""
     # Each start reads all files for their checksums: a file may have changed since the last run.
-    files = []
     with ThreadPoolExecutor(workers) as pool:
-        checksums = pool.map(sha256_of, paths)
-        for path in tqdm(paths, desc="checksums", unit="file", disable=None, leave=False):
-            files.append([os.path.basename(path), os.path.getsize(path), next(checksums)])
-    return files
+        work = pool.map(sha256_of, paths)
+        checksums = list(tqdm(work, "checksums", len(paths), disable=None, leave=False))
+    names = [os.path.basename(path) for path in paths]
+    sizes = [os.path.getsize(path) for path in paths]
+    return [list(file) for file in zip(names, sizes, checksums, strict=True)]
 
 
 def read_parquet(path, column):
@@ -555,16 +555,17 @@ def verify(directory):
     """Check all shards of a directory, and print a summary."""
     # find the shards: meta.json lists those of our scripts, other projects have only the files
     with explain(f"cannot verify {directory}", "pass a directory of shards"):
-        names = [name for name in sorted(os.listdir(directory)) if re.fullmatch(SHARD_NAME, name)]
-        meta = {"tokenizer": "gpt2", "shards": [{"file": name} for name in names]}
         if os.path.exists(f"{directory}/meta.json"):
             meta = read_meta(directory)
         elif os.path.exists(f"{directory}/{STATE_FILE}"):
             fail(f"{directory} is not finished: run the command that makes it again")
-        elif names:
-            print(f"{directory} has no meta.json: GPT-2 tokens are assumed, and there are no checksums")
         else:
-            raise ValueError("it contains no shards")
+            names = sorted(os.listdir(directory))
+            shards = [{"file": name} for name in names if re.fullmatch(SHARD_NAME, name)]
+            if not shards:
+                raise ValueError("it contains no shards")
+            print(f"{directory} has no meta.json: GPT-2 tokens are assumed, and there are no checksums")
+            meta = {"tokenizer": "gpt2", "shards": shards}
     encoding = load_tokenizer(meta["tokenizer"])
 
     # check each shard, and count its tokens and documents; problems are reported at the end
@@ -611,8 +612,6 @@ def get_tokenizer(name):
 
 
 # --- end of copied block: get_tokenizer ---
-
-
 def load_tokenizer(name):
     """Return the tokenizer with this name. Exits with an error if it cannot be loaded."""
     advice = "connect to the network once, or set TIKTOKEN_CACHE_DIR to a directory that contains it"
@@ -647,8 +646,6 @@ def write_tokenizer_files(name, directory):
 
 
 # --- end of copied block: write_tokenizer_files ---
-
-
 # --- copied block: files ---
 @contextmanager
 def atomic_write(path):
@@ -673,8 +670,6 @@ def sha256_of(path):
 
 
 # --- end of copied block: files ---
-
-
 # --- copied block: load_shard ---
 def load_shard(path):
     """Memory-map a token shard, a .npy file or a .bin file of llm.c. Returns a uint16 array (N,)."""
@@ -691,35 +686,27 @@ def load_shard(path):
 
 
 # --- end of copied block: load_shard ---
-
-
 # ----------------------------------------------------------------------------- command line
 # --- copied block: errors ---
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    one_line = " ".join(str(message).split())  # some messages have several lines
-    print(f"error: {one_line}", file=sys.stderr)
+    print("error:", *str(message).split(), file=sys.stderr)  # some messages have several lines
     sys.exit(2)
 
 
 @contextmanager
 def explain(problem, advice):
-    """Turn any error in the with block into one line that says what failed, why, and what to do.
-
-    For blocks that use something from outside: damaged files raise errors of many types.
-    """
+    """Turn any error in the with block into one line: what failed, why, and what to do."""
     try:
         yield
-    except Exception as error:
-        # the messages of other types, such as KeyError, say nothing without the type
+    except Exception as error:  # damaged files raise errors of many types
+        # other messages, such as that of a KeyError, say nothing without the type
         is_clear = isinstance(error, (OSError, ValueError)) and str(error)
         reason = error if is_clear else f"{type(error).__name__}: {error}"
         fail(f"{problem} ({reason}): {advice}")
 
 
 # --- end of copied block: errors ---
-
-
 def parse_args():
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -23,27 +23,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 WARMUP_STEPS = 100
-PRESETS = {
-    "full": {  # 10.8M parameters, for a GPU
-        "block_size": 256,
-        "n_layer": 6,
-        "n_head": 6,
-        "n_embd": 384,
-        "dropout": 0.2,
-        "batch_size": 64,
-        "max_steps": 2000,
-        "learning_rate": 1e-3,
-    },
-    "cpu": {  # 0.8M parameters, one to two minutes on a CPU
-        "block_size": 64,
-        "n_layer": 4,
-        "n_head": 4,
-        "n_embd": 128,
-        "dropout": 0.0,
-        "batch_size": 16,
-        "max_steps": 1600,
-        "learning_rate": 3e-3,
-    },
+# values with --preset full (10.8M parameters) and --preset cpu (0.8M), and the help text
+PRESET_FLAGS = {
+    "block_size": (256, 64, "characters per sequence"),
+    "n_layer": (6, 4, "number of blocks"),
+    "n_head": (6, 4, "attention heads per block"),
+    "n_embd": (384, 128, "channels, a multiple of n_head"),
+    "dropout": (0.2, 0.0, "fraction of activations set to 0 in training"),
+    "batch_size": (64, 16, "sequences per step"),
+    "max_steps": (2000, 1600, "training steps"),
+    "learning_rate": (1e-3, 3e-3, "peak learning rate"),
 }
 
 
@@ -242,7 +231,7 @@ def save_model(path, model, chars):
     try:
         torch.save(contents, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # a RuntimeError if the directory or space is missing
+    except (OSError, RuntimeError) as error:  # torch.save raises both
         fail(f"cannot write --save {path} ({error}): choose another directory, or make space")
 
 
@@ -290,8 +279,6 @@ def get_lr(step, learning_rate, warmup_steps, max_steps):
 
 
 # --- end of copied block: get_lr ---
-
-
 def train(model, train_data, val_data, args, chars):
     """Train the model. Prints the loss on both parts of the data every eval_interval steps.
 
@@ -344,18 +331,18 @@ def train(model, train_data, val_data, args, chars):
 # ---------------------------------------------------------------------------------- command line
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    # split and print join the lines of a message
-    print("error:", *str(message).split(), file=sys.stderr)
+    print("error:", *str(message).split(), file=sys.stderr)  # some messages have several lines
     sys.exit(2)
 
 
 def pick_device(name):
     """Return the torch.device with this name. "auto" is the accelerator if there is one."""
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True)
+        return device or torch.device("cpu")
     try:
         return torch.zeros(1, device=name).device
-    except Exception as error:  # wrong names, missing drivers and missing GPUs raise different types
+    except Exception as error:  # of many types
         fail(f"--device {name} is not available here ({error}): omit it, or use --device cpu")
 
 
@@ -366,24 +353,18 @@ def parse_args():
     parser.error = fail  # argparse's errors in one line
     add = parser.add_argument
     add("--input", default="input.txt", help="UTF-8 text (default: input.txt)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
+    add("--device", default="auto", help="cpu, cuda, mps, ... (default: auto, a GPU if there is one)")
     add("--seed", type=int, default=1337, help="random seed (default: 1337)")
     add("--save", metavar="FILE", help="write the best model to this new file")
-    add("--load", metavar="FILE", help="sample from the model in this file without training")
-    add("--preset", choices=list(PRESETS), help="set of defaults (full on a GPU, else cpu)")
+    add("--load", metavar="FILE", help="sample from this model without training")
+    add("--preset", choices=["full", "cpu"], help="set of defaults (full on a GPU, else cpu)")
     add("--activation", choices=["relu", "gelu"], default="relu", help="of the MLP (default: relu)")
     add("--eval_interval", type=int, default=250, help="steps between losses (default: 250)")
     add("--eval_iters", type=int, default=40, help="batches per loss (default: 40)")
 
-    add = parser.add_argument_group("model and training (default: from --preset)").add_argument
-    add("--block_size", type=int, help="characters per sequence")
-    add("--n_layer", type=int, help="number of blocks")
-    add("--n_head", type=int, help="attention heads per block")
-    add("--n_embd", type=int, help="channels, a multiple of n_head")
-    add("--dropout", type=float, help="fraction of activations set to 0 in training")
-    add("--batch_size", type=int, help="sequences per step")
-    add("--max_steps", type=int, help="training steps")
-    add("--learning_rate", type=float, help="peak learning rate")
+    add = parser.add_argument_group("model and training").add_argument
+    for name, (full, cpu, meaning) in PRESET_FLAGS.items():
+        add(f"--{name}", type=type(full), help=f"{meaning} (default: full {full}, cpu {cpu})")
 
     add = parser.add_argument_group("sampling").add_argument
     add("--prompt", default="", help="text to continue, $'\\n' is a line break (default: first character)")
@@ -396,11 +377,11 @@ def parse_args():
     # find the device and the preset, and take omitted values from the preset
     args.device = pick_device(args.device)
     args.preset = args.preset or ("cpu" if args.device.type == "cpu" else "full")
-    for name, value in PRESETS[args.preset].items():
+    for name, (full, cpu, _) in PRESET_FLAGS.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, full if args.preset == "full" else cpu)
 
-    # check the values: all numbers except for the seed must be positive, or 0 where 0 has a meaning
+    # all numbers except for the seed must be positive, or 0 where 0 has a meaning
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed":
             may_be_0 = name in ("dropout", "temperature", "top_k")
@@ -433,17 +414,25 @@ def main():
         if len(val_data) <= args.block_size:
             fail(f"{args.input} is too short for --block_size {args.block_size}: use a longer text")
         torch.manual_seed(args.seed)
-        shape = (args.block_size, args.n_layer, args.n_head, args.n_embd)
-        config = GPTConfig(len(chars), *shape, args.dropout, args.activation)
+        config = GPTConfig(
+            vocab_size=len(chars),
+            block_size=args.block_size,
+            n_layer=args.n_layer,
+            n_head=args.n_head,
+            n_embd=args.n_embd,
+            dropout=args.dropout,
+            activation=args.activation,
+        )
         model = GPT(config).to(device)
     for name in ("prompt", "stop"):
         unknown = set(getattr(args, name)) - set(chars)
         if unknown:
             fail(f"--{name} contains {sorted(unknown)}: the model knows only {''.join(chars)!r}")
 
-    # bfloat16 is faster on GPUs that have it. Only matmuls use it: weights and losses stay float32.
+    # On GPUs that have bfloat16, matmuls use it. Weights and losses stay float32.
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    model.forward = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16)(model.forward)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16)
+    model.forward = autocast(model.forward)
 
     # train the model
     num_params = sum(p.numel() for p in model.parameters())
@@ -452,12 +441,12 @@ def main():
     if not args.load:
         try:
             train(model, train_data.to(device), val_data.to(device), args, chars)
-        except RuntimeError as error:  # the type of PyTorch's error if the memory is full
+        except RuntimeError as error:  # for example a full memory
             if "memory" not in str(error):
                 raise
             fail(f"not enough memory on {device}: use a smaller --batch_size, --block_size or --n_embd")
 
-    # sample a text that begins with the prompt, by default the first character of the vocabulary
+    # continue the prompt, by default the first character of the vocabulary
     generator = torch.Generator(device).manual_seed(args.seed)
     idx = torch.tensor([encode(args.prompt or chars[0], chars)], device=device)  # (1, T)
     stop = encode(args.stop, chars)

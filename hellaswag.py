@@ -37,9 +37,8 @@ that are answered correctly. Random guessing gives 0.25. The last line for --mod
 as in build-nanogpt. As there and in llm.c, the context and " " + ending are tokenized separately,
 and the losses of the context do not count.
 
-The validation set (10,042 examples) is downloaded once, to hellaswag/hellaswag_val.parquet. --data
-FILE reads another file. --output FILE writes the losses of every ending as JSON. --prepare writes
-hellaswag/hellaswag_val.npz. For GPT-2 124M, an evaluation takes about an hour on two CPU cores.
+The validation set (10,042 examples) is downloaded once, to hellaswag/. For GPT-2 124M, an
+evaluation takes about an hour on two CPU cores.
 
 Sections: errors, data, scoring, model, loading, command line.
 """
@@ -70,38 +69,29 @@ REPO_ID = "Rowan/hellaswag"  # the authors' data set on the Hugging Face Hub
 HUB_PATH = "data/validation-00000-of-00001.parquet"  # the validation set in that data set
 DATA_PATH = "hellaswag/hellaswag_val.parquet"  # where the download is stored
 PREPARED_PATH = "hellaswag/hellaswag_val.npz"  # written by --prepare and read by train_gpt2.py
-# In pack(), tokens of the context and of padding belong to no ending. Endings are 0 to 3.
-CONTEXT = 4
-PADDING = 5
 
 
 # -------------------------------------------------------------------------------------- errors
 # --- copied block: errors ---
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    one_line = " ".join(str(message).split())  # some messages have several lines
-    print(f"error: {one_line}", file=sys.stderr)
+    print("error:", *str(message).split(), file=sys.stderr)  # some messages have several lines
     sys.exit(2)
 
 
 @contextmanager
 def explain(problem, advice):
-    """Turn any error in the with block into one line that says what failed, why, and what to do.
-
-    For blocks that use something from outside: damaged files raise errors of many types.
-    """
+    """Turn any error in the with block into one line: what failed, why, and what to do."""
     try:
         yield
-    except Exception as error:
-        # the messages of other types, such as KeyError, say nothing without the type
+    except Exception as error:  # damaged files raise errors of many types
+        # other messages, such as that of a KeyError, say nothing without the type
         is_clear = isinstance(error, (OSError, ValueError)) and str(error)
         reason = error if is_clear else f"{type(error).__name__}: {error}"
         fail(f"{problem} ({reason}): {advice}")
 
 
 # --- end of copied block: errors ---
-
-
 # ---------------------------------------------------------------------------------------- data
 @dataclass
 class Example:
@@ -137,22 +127,6 @@ def tokenize(row, tokenizer):
     )
 
 
-def read_examples(path, tokenizer, limit=None):
-    """Read and tokenize the first limit examples of a parquet file or a file of JSON lines."""
-    is_parquet = path.endswith(".parquet")
-    if is_parquet:
-        rows = pq.read_table(path, columns=["ind", "label", "ctx", "endings"]).to_pylist()
-    else:
-        with open(path, encoding="utf-8-sig") as file:
-            rows = file.read().rstrip().split("\n")
-    examples = []
-    for number, row in enumerate(rows[:limit], 1):
-        problem = f"line {number} of {path} is not a HellaSwag example"
-        with explain(problem, "correct it, or choose another --data"):
-            examples.append(tokenize(row if is_parquet else json.loads(row), tokenizer))
-    return examples
-
-
 def download(path):
     """Download the validation set, and move it to path if its checksum is that of the Hub."""
     from huggingface_hub import HfApi, hf_hub_download  # imported here because it is slow
@@ -162,26 +136,43 @@ def download(path):
     checksums = {file.rfilename: file.lfs.sha256 for file in info.siblings if file.lfs}
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as directory:
-        options = {"repo_type": "dataset", "revision": info.sha, "local_dir": directory}
-        downloaded = hf_hub_download(REPO_ID, HUB_PATH, **options)
-        if sha256_of(downloaded) != checksums[HUB_PATH]:
+        downloaded = hf_hub_download(REPO_ID, HUB_PATH, repo_type="dataset", revision=info.sha, local_dir=directory)
+        with open(downloaded, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != checksums[HUB_PATH]:
             raise ValueError(f"{HUB_PATH} does not match its SHA-256")
         os.replace(downloaded, path)
 
 
 def load_examples(path, tokenizer, limit):
-    """Read the examples of --data. The default file is downloaded if it is missing."""
+    """Read and tokenize the first limit examples of a parquet file or a file of JSON lines.
+
+    The default file is downloaded if it is missing.
+    """
     if path == DATA_PATH and not os.path.exists(path):
         advice = "run the same command again, or pass --data FILE"
         with explain(f"cannot download {REPO_ID} from the Hugging Face Hub", advice):
             download(path)
+    is_parquet = path.endswith(".parquet")
     advice = "choose another file, or delete this one if it was downloaded"
     with explain(f"cannot use --data {path}", advice):
-        return read_examples(path, tokenizer, limit)
+        if is_parquet:
+            rows = pq.read_table(path, columns=["ind", "label", "ctx", "endings"]).to_pylist()
+        else:
+            with open(path, encoding="utf-8-sig") as file:
+                rows = file.read().rstrip().split("\n")
+    examples = []
+    for number, row in enumerate(rows[:limit], 1):
+        problem = f"line {number} of {path} is not a HellaSwag example"
+        with explain(problem, "correct it, or choose another --data"):
+            if not is_parquet:
+                row = json.loads(row)
+            examples.append(tokenize(row, tokenizer))
+    return examples
 
 
-def write_prepared(path, examples):
-    """Write tokenized examples for train_gpt2.py as a NumPy file with these arrays:
+def prepare(path, limit):
+    """Tokenize examples for train_gpt2.py. Writes a NumPy file with these arrays:
 
     tokens          (N, 4, T) uint16, rows "context + ending", padded with zeros at the end
     context_length  (N,) int64, number of tokens in the context
@@ -191,7 +182,8 @@ def write_prepared(path, examples):
     The examples are sorted by their longest row, the shortest first, so that batches of neighbors
     need little padding. T is the length of the longest row of all.
     """
-    examples = sorted(examples, key=lambda example: example.length)
+    examples = load_examples(path, load_tokenizer("gpt2"), limit)
+    examples.sort(key=lambda example: example.length)
     N = len(examples)
     tokens = np.zeros((N, 4, examples[-1].length), dtype=np.uint16)
     length = np.zeros((N, 4), dtype=np.int64)
@@ -200,39 +192,18 @@ def write_prepared(path, examples):
             row = example.context + ending
             tokens[i, j, : len(row)] = row
             length[i, j] = len(row)
-    context_length = np.array([len(example.context) for example in examples], dtype=np.int64)
-    label = np.array([example.label for example in examples], dtype=np.int64)
-
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    arrays = {"tokens": tokens, "context_length": context_length, "length": length, "label": label}
-    with atomic_write(path) as file:
-        np.savez_compressed(file, **arrays)
-
-
-# --- copied block: files ---
-@contextmanager
-def atomic_write(path):
-    """Open a binary file that gets its name only when it is complete and on the disk."""
-    with open(f"{path}.tmp", "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def write_json(path, content):
-    """Write a JSON file atomically."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
-
-
-def sha256_of(path):
-    """Return the SHA-256 of a file in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- end of copied block: files ---
+    arrays = {
+        "tokens": tokens,
+        "context_length": np.array([len(example.context) for example in examples], dtype=np.int64),
+        "length": length,
+        "label": np.array([example.label for example in examples], dtype=np.int64),
+    }
+    with explain(f"cannot write {PREPARED_PATH}", "free some space, or make it writable"):
+        os.makedirs(os.path.dirname(PREPARED_PATH), exist_ok=True)
+        with open(f"{PREPARED_PATH}.tmp", "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(f"{PREPARED_PATH}.tmp", PREPARED_PATH)
+    print(f"wrote {N:,} examples to {PREPARED_PATH}")
 
 
 # ------------------------------------------------------------------------------------- scoring
@@ -241,45 +212,43 @@ def sha256_of(path):
 # the context: its positions continue those of the context, and it attends to the context and to
 # itself, but not to the other endings. The losses are the same, with about half the work.
 #
+#     index       0   1      2 3  4 |     5   6    7 |      8   9      10 | ...
 #     tokens      A man kneels . He | sings and bows | throws the toolbox | ...
 #     positions   0   1      2 3  4 |     5   6    7 |      5   6       7 | ...
 #     part        4   4      4 4  4 |     0   0    0 |      1   1       1 | ...
 #     predictor  -1  -1     -1 -1 -1|     4   5    6 |      4   8       9 | ...
 #
-# part is the ending that a token belongs to, or CONTEXT. predictor is the index of the token that
-# predicts a token, or -1 if the loss of the token does not count.
-def pack(example, n_positions):
-    """Put an example into one row of T tokens.
+# part is the number of the ending that a token belongs to, or CONTEXT. predictor is the index of
+# the token that predicts a token, or -1 if the loss of the token does not count.
+CONTEXT = 4
 
-    Returns tokens, positions, part and predictor, four tensors (T,). n_positions is the largest
-    number of tokens that the model can process.
+
+def pack(example, n_positions):
+    """Put an example into one row of T tokens. Returns the four columns above as a tensor (T, 4).
+
+    n_positions is the largest number of tokens that the model can process.
     """
-    n = len(example.context)
-    tokens, positions, part, predictor = [], [], [], []
     # If an example is too long for the model, each ending gets as much of the end of the context as
-    # fits in front of it. Then the four contexts differ, and each is part of its ending.
+    # fits in front of it. Then the four contexts differ, and each is a part of its ending.
     is_shared = example.length <= n_positions
-    if is_shared:
-        tokens += example.context
-        positions += range(n)
-        part += [CONTEXT] * n
-        predictor += [-1] * n
+    tokens, positions, part, predictor = [], [], [], []
     for i, ending in enumerate(example.endings):
+        row = (example.context + ending)[-n_positions:]
+        # add the n tokens of the context, once if it is shared
+        n = max(1, len(row) - len(ending))  # nothing predicts the first token, so it never counts
+        if i == 0 or not is_shared:
+            tokens += row[:n]
+            positions += range(n)
+            part += [CONTEXT if is_shared else i] * n
+            predictor += [-1] * n
+            last = len(tokens) - 1  # index of the last token of the context
+        # add the ending, whose first token is predicted by the context
         start = len(tokens)
-        if is_shared:
-            row = ending
-            positions += range(n, n + len(row))
-            predictor += [n - 1, *range(start, start + len(row) - 1)]
-        else:
-            # Nothing predicts the first token, even if it is a part of the ending.
-            row = (example.context + ending)[-n_positions:]
-            num_context = max(1, len(row) - len(ending))
-            positions += range(len(row))
-            predictor += [-1] * num_context
-            predictor += range(start + num_context - 1, start + len(row) - 1)
-        tokens += row
-        part += [i] * len(row)
-    return [torch.tensor(column) for column in (tokens, positions, part, predictor)]
+        tokens += row[n:]
+        positions += range(n, len(row))
+        part += [i] * (len(row) - n)
+        predictor += [last, *range(start, len(tokens) - 1)]
+    return torch.tensor([tokens, positions, part, predictor]).T  # (4, T) -> (T, 4)
 
 
 @torch.inference_mode()
@@ -288,15 +257,12 @@ def score(model, examples):
 
     Returns the total loss and the mean loss per token of each ending, two float64 tensors (B, 4).
     """
-    # Put the examples into tensors (B, T), padded at the end. No other token attends to padding.
+    # Put the examples into one tensor, padded with -1 at the end. No other token attends to padding.
     device = model.wte.weight.device
     n_positions = model.config["n_positions"]
     rows = [pack(example, n_positions) for example in examples]
-    padding_values = (0, 0, PADDING, -1)
-    padded = []
-    for column, value in zip(zip(*rows, strict=True), padding_values, strict=True):
-        padded.append(pad_sequence(column, batch_first=True, padding_value=value).to(device))
-    tokens, positions, part, predictor = padded
+    batch = pad_sequence(rows, batch_first=True, padding_value=-1).to(device)  # (B, T, 4)
+    tokens, positions, part, predictor = batch.unbind(dim=2)  # four of (B, T)
 
     # Token t attends to token s if s is not later, and is in the context or in the same part.
     T = tokens.shape[1]
@@ -309,7 +275,8 @@ def score(model, examples):
     def attend(layer, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    x = model(tokens, positions, attend)  # (B, T) -> (B, T, C)
+    # the embeddings have no row -1: padding gets row 0
+    x = model(tokens.clamp(min=0), positions.clamp(min=0), attend)  # (B, T) -> (B, T, C)
 
     # Compute the losses of the M tokens that count. Logits are large, 206 MB per 1,024 tokens with
     # GPT-2's vocabulary, so they are computed in chunks.
@@ -340,29 +307,21 @@ def evaluate(model, examples, batch_size):
     lengths = [len(example.context) + sum(map(len, example.endings)) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: lengths[i], reverse=True)
     predictions = [None] * len(examples)
-    with tqdm(total=len(examples), unit="examples", disable=None) as progress:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]  # indices of examples
-            totals, means = score(model, [examples[i] for i in batch])
-            if not totals.isfinite().all():
-                raise ValueError(f"the losses of some examples are {totals.sum().item()}")
-            for i, total, mean in zip(batch, totals.tolist(), means.tolist(), strict=True):
-                predictions[i] = {
-                    "ind": examples[i].ind,
-                    "label": examples[i].label,
-                    "pred": total.index(min(total)),  # the lowest total loss
-                    "pred_norm": mean.index(min(mean)),  # the lowest mean loss per token
-                    "losses": total,
-                    "mean_losses": mean,
-                }
-            progress.update(len(batch))
+    for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=None):
+        batch = order[start : start + batch_size]  # indices of examples
+        totals, means = score(model, [examples[i] for i in batch])
+        if not totals.isfinite().all():
+            raise ValueError(f"the losses of some examples are {totals.sum().item()}")
+        for i, total, mean in zip(batch, totals.tolist(), means.tolist(), strict=True):
+            predictions[i] = {
+                "ind": examples[i].ind,
+                "label": examples[i].label,
+                "pred": total.index(min(total)),  # the lowest total loss
+                "pred_norm": mean.index(min(mean)),  # the lowest mean loss per token
+                "losses": total,
+                "mean_losses": mean,
+            }
     return predictions
-
-
-def accuracy(predictions, name):
-    """Return the fraction of correct predictions. name is "pred" for acc, "pred_norm" for acc_norm."""
-    num_correct = sum(prediction[name] == prediction["label"] for prediction in predictions)
-    return num_correct / len(predictions)
 
 
 # --------------------------------------------------------------------------------------- model
@@ -450,8 +409,6 @@ class GPT(nn.Module):
 
 
 # --- end of copied block: GPT ---
-
-
 # ------------------------------------------------------------------------------------- loading
 # --- copied block: pretrained ---
 VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
@@ -526,8 +483,6 @@ def read_pretrained(directory):
 
 
 # --- end of copied block: pretrained ---
-
-
 # --- copied block: get_tokenizer ---
 def get_tokenizer(name):
     """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
@@ -545,8 +500,6 @@ def get_tokenizer(name):
 
 
 # --- end of copied block: get_tokenizer ---
-
-
 # --- copied block: pick_device ---
 def pick_device(name):
     """Return the torch.device with this name. "auto" is the accelerator if there is one."""
@@ -558,14 +511,18 @@ def pick_device(name):
 
 
 # --- end of copied block: pick_device ---
-
-
 # --- copied block: load_model ---
-def load_model(name, device, dtype):
-    """Load --model. Returns (model, tokenizer, directory), and prints one line about it to stderr.
+def load_tokenizer(name):
+    """Return the tokenizer with this name. Exits with an error if it cannot be loaded."""
+    advice = "connect to the network once, or set TIKTOKEN_CACHE_DIR to a directory that contains it"
+    with explain(f"cannot load the tokenizer {name}", advice):
+        return get_tokenizer(name)
 
-    name is the directory of a model, the directory of a run (its newest checkpoint is used), or
-    the name of a model on the Hugging Face Hub.
+
+def load_model(name, device, dtype):
+    """Load a model and its tokenizer. Returns (model, tokenizer, directory).
+
+    name is the directory of a model or of a run, or the name of a model on the Hugging Face Hub.
     """
     advice = "train a model, or pass a directory of a model or a GPT-2 on the Hugging Face Hub"
     with explain(f"cannot load --model {name}", advice):
@@ -581,70 +538,46 @@ def load_model(name, device, dtype):
         with torch.device("meta"):
             model = GPT(config)
         model.load_state_dict(weights, assign=True)
-
-    advice = "connect to the network once, or set TIKTOKEN_CACHE_DIR to a directory that contains it"
-    with explain(f"cannot load the tokenizer {config['tokenizer']}", advice):
-        tokenizer = get_tokenizer(config["tokenizer"])
-    return model, tokenizer, directory
+    return model, load_tokenizer(config["tokenizer"]), directory
 
 
 # --- end of copied block: load_model ---
-
-
 # -------------------------------------------------------------------------------- command line
-def positive(text):
-    """Convert the value of a flag to an int of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
-
-
 def parse_args():
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}: see --help")  # one line, as all errors
     add = parser.add_argument
+    add("--model", default="log", help="model, run or GPT-2 on the Hugging Face Hub (default: log)")
     add(
-        "--model",
-        default="log",
-        help="directory of a model or a run, or name of a GPT-2 on the Hub (default: log)",
-    )
-    add("--data", default=DATA_PATH, metavar="FILE", help="examples as parquet or JSON lines (default: %(default)s)")
-    add("--limit", type=positive, metavar="N", help="use only the first N examples (default: all)")
-    add(
-        "--output",
+        "--data",
+        default=DATA_PATH,
         metavar="FILE",
-        help="JSON file for the losses and predictions of all examples (default: none)",
+        help="examples as parquet or JSON lines (default: %(default)s)",
     )
+    add("--limit", type=int, metavar="N", help="use only the first N examples (default: all)")
+    add("--output", metavar="FILE", help="JSON file for all losses and predictions (default: none)")
     add("--prepare", action="store_true", help=f"only tokenize the examples, and write {PREPARED_PATH}")
-    add("--batch_size", type=positive, help="examples per batch (default: 8 on a CPU, 32 on a GPU)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, the GPU if there is one)")
+    add("--batch_size", type=int, help="examples per batch (default: 8 on a CPU, 32 on a GPU)")
+    add("--device", default="auto", help="cpu, cuda, mps, ... (default: auto, the GPU if there is one)")
     dtypes = ["float32", "bfloat16", "float16"]
-    add("--dtype", choices=dtypes, help="dtype of the model (default: bfloat16 on GPUs that have it, else float32)")
+    add("--dtype", choices=dtypes, help="default: bfloat16 on GPUs that have it, else float32")
     args = parser.parse_args()
+    for name in ("limit", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            fail(f"--{name} {value} is too small: use at least 1")
     # an evaluation may take an hour, so check now that its result can be written
     if args.output and not os.path.isdir(os.path.dirname(args.output) or "."):
         fail(f"cannot write --output {args.output}: choose a file in a directory that exists")
     return args
 
 
-def prepare(args):
-    """Tokenize the examples for train_gpt2.py (--prepare)."""
-    advice = "connect to the network once, or set TIKTOKEN_CACHE_DIR to a directory that contains it"
-    with explain("cannot load the tokenizer gpt2", advice):
-        tokenizer = get_tokenizer("gpt2")
-    examples = load_examples(args.data, tokenizer, args.limit)
-    with explain(f"cannot write {PREPARED_PATH}", "free some space, or make it writable"):
-        write_prepared(PREPARED_PATH, examples)
-    print(f"wrote {len(examples):,} examples to {PREPARED_PATH}")
-
-
 def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script without a traceback
     args = parse_args()
     if args.prepare:
-        prepare(args)
+        prepare(args.data, args.limit)
         return
 
     # Do not use cuDNN's attention: it builds a new plan for each new length, which takes longer
@@ -681,8 +614,8 @@ def main():
         fail(f"a batch does not fit into the memory of {device} ({error}): use a smaller --batch_size")
 
     # Print the result before writing --output, so that it is not lost if writing fails.
-    acc = accuracy(predictions, "pred")
-    acc_norm = accuracy(predictions, "pred_norm")
+    acc = sum(example["pred"] == example["label"] for example in predictions) / n
+    acc_norm = sum(example["pred_norm"] == example["label"] for example in predictions) / n
     print(f"{n} acc: {acc:.4f} acc_norm: {acc_norm:.4f}", flush=True)
     if args.output:
         # a run means its newest checkpoint; the Hub's name says more than a directory of downloads
@@ -695,7 +628,9 @@ def main():
             "predictions": predictions,
         }
         with explain(f"cannot write --output {args.output}", "choose another file"):
-            write_json(args.output, result)
+            with open(f"{args.output}.tmp", "w") as file:
+                json.dump(result, file, indent=1)
+            os.replace(f"{args.output}.tmp", args.output)
 
 
 if __name__ == "__main__":

@@ -80,10 +80,7 @@ def tokenize(tokenizer, text):
     else:
         # no special tokens are allowed: <|endoftext|> in the text is text like any other
         tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
-    shard = np.empty(1 + len(tokens), "<u2")
-    shard[0] = tokenizer.eot_token
-    shard[1:] = tokens
-    return shard
+    return np.concatenate(([tokenizer.eot_token], tokens), dtype="<u2", casting="unsafe")
 
 
 def write_data_set(out_dir, parts, tokenizer_name, source):
@@ -161,8 +158,6 @@ def get_tokenizer(name):
 
 
 # --- end of copied block: get_tokenizer ---
-
-
 # --- copied block: write_tokenizer_files ---
 def write_tokenizer_files(name, directory):
     """Write vocab.json and merges.txt, from which transformers builds the tokenizer."""
@@ -190,8 +185,6 @@ def write_tokenizer_files(name, directory):
 
 
 # --- end of copied block: write_tokenizer_files ---
-
-
 # --- copied block: files ---
 @contextmanager
 def atomic_write(path):
@@ -216,35 +209,27 @@ def sha256_of(path):
 
 
 # --- end of copied block: files ---
-
-
 # ---------------------------------------------------------------------------------- command line
 # --- copied block: errors ---
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    one_line = " ".join(str(message).split())  # some messages have several lines
-    print(f"error: {one_line}", file=sys.stderr)
+    print("error:", *str(message).split(), file=sys.stderr)  # some messages have several lines
     sys.exit(2)
 
 
 @contextmanager
 def explain(problem, advice):
-    """Turn any error in the with block into one line that says what failed, why, and what to do.
-
-    For blocks that use something from outside: damaged files raise errors of many types.
-    """
+    """Turn any error in the with block into one line: what failed, why, and what to do."""
     try:
         yield
-    except Exception as error:
-        # the messages of other types, such as KeyError, say nothing without the type
+    except Exception as error:  # damaged files raise errors of many types
+        # other messages, such as that of a KeyError, say nothing without the type
         is_clear = isinstance(error, (OSError, ValueError)) and str(error)
         reason = error if is_clear else f"{type(error).__name__}: {error}"
         fail(f"{problem} ({reason}): {advice}")
 
 
 # --- end of copied block: errors ---
-
-
 def parse_args():
     """Parse and check the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

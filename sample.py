@@ -10,11 +10,10 @@ For each token of its vocabulary, a language model computes the probability that
 token is drawn at random with these probabilities and appended to the text. Then the model computes
 the probabilities for the token after it, and so on.
 
-The prompt and its continuation are printed token by token, several samples at the end. Without
---prompt, the script asks for prompts if it runs on a terminal, and starts a new document otherwise.
-On the same machine, the same flags produce the same text every time. Expect about 30 tokens per
-second from GPT-2 124M on two CPU cores. On CPUs with bfloat16 instructions, --dtype bfloat16 is two
-to three times as fast.
+A single sample is printed token by token, several at the end. Without --prompt, the script asks for
+prompts on a terminal, and starts a new document otherwise. On the same machine, the same flags
+produce the same text every time. Expect about 30 tokens per second from GPT-2 124M on two CPU
+cores. On CPUs with bfloat16 instructions, --dtype bfloat16 is two to three times as fast.
 
 Sections: errors, sampling, text, model, loading, command line.
 """
@@ -44,29 +43,23 @@ CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except newli
 # --- copied block: errors ---
 def fail(message):
     """Report a user error in one line on stderr and exit with status 2."""
-    one_line = " ".join(str(message).split())  # some messages have several lines
-    print(f"error: {one_line}", file=sys.stderr)
+    print("error:", *str(message).split(), file=sys.stderr)  # some messages have several lines
     sys.exit(2)
 
 
 @contextmanager
 def explain(problem, advice):
-    """Turn any error in the with block into one line that says what failed, why, and what to do.
-
-    For blocks that use something from outside: damaged files raise errors of many types.
-    """
+    """Turn any error in the with block into one line: what failed, why, and what to do."""
     try:
         yield
-    except Exception as error:
-        # the messages of other types, such as KeyError, say nothing without the type
+    except Exception as error:  # damaged files raise errors of many types
+        # other messages, such as that of a KeyError, say nothing without the type
         is_clear = isinstance(error, (OSError, ValueError)) and str(error)
         reason = error if is_clear else f"{type(error).__name__}: {error}"
         fail(f"{problem} ({reason}): {advice}")
 
 
 # --- end of copied block: errors ---
-
-
 # ------------------------------------------------------------------------------------ sampling
 class KVCache:
     """The attention keys and values of all tokens that the model has processed so far.
@@ -93,9 +86,9 @@ class KVCache:
         # The keys and values of the prompt, a single sequence, are copied to all sequences.
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
-        k = self.keys[layer, : len(q), :, :end]
-        v = self.values[layer, : len(q), :, :end]
         # Tokens of the prompt attend to themselves and earlier ones, a single new token to all.
+        k = self.keys[layer, : len(q), :, :end]  # (B, nh, end, hs)
+        v = self.values[layer, : len(q), :, :end]  # (B, nh, end, hs)
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.length == 0)
 
 
@@ -188,16 +181,17 @@ class StreamDecoder:
     def __init__(self, tokenizer, stops):
         self.tokenizer = tokenizer
         self.stops = stops
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps incomplete characters
-        self.pending = ""  # the end of the text, which may be the beginning of a stop text
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # A stop text may begin in the last characters of the text, so they are not returned yet.
+        self.num_pending = max(map(len, stops), default=1) - 1
+        self.pending = ""
         self.done = False
 
     def add(self, token):
         """Add a token and return the text that can be printed now. The token None ends the text."""
         if self.done:
             return ""
-        # utf8 returns an incomplete character when the rest of its bytes arrive, or as U+FFFD at
-        # the end.
+        # utf8 keeps the bytes of an incomplete character. At the end, they become U+FFFD.
         self.done = token is None or token == self.tokenizer.eot_token
         data = b"" if self.done else self.tokenizer.decode_single_token_bytes(token)
         text = self.pending + self.utf8.decode(data, final=self.done)
@@ -208,9 +202,7 @@ class StreamDecoder:
             text = text[: min(stop_positions)]
             self.done = True
 
-        # Keep as many characters as can be the beginning of a stop text.
-        num_pending = 0 if self.done else max(map(len, self.stops), default=1) - 1
-        end = max(0, len(text) - num_pending)
+        end = len(text) if self.done else max(0, len(text) - self.num_pending)
         self.pending = text[end:]
         return CONTROL_CHARACTER.sub("\ufffd", text[:end])
 
@@ -343,8 +335,6 @@ class GPT(nn.Module):
 
 
 # --- end of copied block: GPT ---
-
-
 # ------------------------------------------------------------------------------------- loading
 # --- copied block: pretrained ---
 VOCAB_SIZES = {"gpt2": 50257, "bytes": 257}
@@ -419,8 +409,6 @@ def read_pretrained(directory):
 
 
 # --- end of copied block: pretrained ---
-
-
 # --- copied block: get_tokenizer ---
 def get_tokenizer(name):
     """Return the tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and <|endoftext|>).
@@ -438,8 +426,6 @@ def get_tokenizer(name):
 
 
 # --- end of copied block: get_tokenizer ---
-
-
 # --- copied block: pick_device ---
 def pick_device(name):
     """Return the torch.device with this name. "auto" is the accelerator if there is one."""
@@ -451,14 +437,18 @@ def pick_device(name):
 
 
 # --- end of copied block: pick_device ---
-
-
 # --- copied block: load_model ---
-def load_model(name, device, dtype):
-    """Load --model. Returns (model, tokenizer, directory), and prints one line about it to stderr.
+def load_tokenizer(name):
+    """Return the tokenizer with this name. Exits with an error if it cannot be loaded."""
+    advice = "connect to the network once, or set TIKTOKEN_CACHE_DIR to a directory that contains it"
+    with explain(f"cannot load the tokenizer {name}", advice):
+        return get_tokenizer(name)
 
-    name is the directory of a model, the directory of a run (its newest checkpoint is used), or
-    the name of a model on the Hugging Face Hub.
+
+def load_model(name, device, dtype):
+    """Load a model and its tokenizer. Returns (model, tokenizer, directory).
+
+    name is the directory of a model or of a run, or the name of a model on the Hugging Face Hub.
     """
     advice = "train a model, or pass a directory of a model or a GPT-2 on the Hugging Face Hub"
     with explain(f"cannot load --model {name}", advice):
@@ -474,19 +464,13 @@ def load_model(name, device, dtype):
         with torch.device("meta"):
             model = GPT(config)
         model.load_state_dict(weights, assign=True)
-
-    advice = "connect to the network once, or set TIKTOKEN_CACHE_DIR to a directory that contains it"
-    with explain(f"cannot load the tokenizer {config['tokenizer']}", advice):
-        tokenizer = get_tokenizer(config["tokenizer"])
-    return model, tokenizer, directory
+    return model, load_tokenizer(config["tokenizer"]), directory
 
 
 # --- end of copied block: load_model ---
-
-
 # -------------------------------------------------------------------------------- command line
 def number(kind, lowest, highest=math.inf):
-    """Return a function that converts the value of a flag to a number in a range."""
+    """Return a function that converts the text of a flag to a number in a range."""
 
     def convert(text):
         value = kind(text)
@@ -494,6 +478,7 @@ def number(kind, lowest, highest=math.inf):
             raise argparse.ArgumentTypeError(f"{text} is not between {lowest} and {highest}")
         return value
 
+    convert.__name__ = kind.__name__  # for the message "invalid int value"
     return convert
 
 
@@ -501,71 +486,47 @@ def parse_args():
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: fail(f"{message}: see --help")  # one line, as all errors
-    dtypes = ["float32", "bfloat16", "float16"]
-
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="log", help="directory of a model or a run, or name of a GPT-2 on the Hub (default: log)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, the GPU if there is one)")
+    add("--model", default="log", help="model, run or GPT-2 on the Hugging Face Hub (default: log)")
+    add("--device", default="auto", help="cpu, cuda, mps, ... (default: auto, the GPU if there is one)")
+    dtypes = ["float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, default="float32", help="dtype of the model (default: float32)")
 
-    add = parser.add_argument_group("text").add_argument
+    add = parser.add_argument_group("text (a line break is $'\\n' in most shells)").add_argument
     add(
         "--prompt",
-        help="text to continue; a line break is $'\\n' in most shells, as in $'To be,\\nor'; - reads\n"
-        "standard input (default: ask for prompts on a terminal, otherwise start a new document)",
+        help="text to continue, or - to read it from standard input\n"
+        "(default: ask for prompts on a terminal, otherwise start a new document)",
     )
-    add("--num_samples", type=number(int, 1, 100_000), default=1, help="samples in parallel (default: 1)")
+    add("--num_samples", type=number(int, 1), default=1, help="samples in parallel (default: 1)")
     add(
         "--max_new_tokens",
         type=number(int, 1),
         default=200,
-        help="largest number of new tokens per sample; tokens beyond the model's context\n"
-        "length are slow (default: 200)",
+        help="new tokens per sample, slow beyond the model's context length (default: 200)",
     )
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end a sample before this text, for example before a line break: --stop $'\\n';\n"
-        "can be given several times (default: none)",
-    )
+    add("--stop", action="append", default=[], metavar="TEXT", help="end a sample before this text; may be repeated")
 
     add = parser.add_argument_group("sampling").add_argument
     add(
         "--temperature",
         type=number(float, 0),
         default=1.0,
-        help="number that divides the logits: below 1 the text is less random, above 1 more\n"
-        "random, and 0 always takes the most likely token (default: 1.0)",
+        help="below 1 the text is less random, above 1 more random, and 0 always takes the most\n"
+        "likely token (default: 1.0)",
     )
-    add(
-        "--top_k",
-        type=number(int, 0),
-        default=50,
-        help="sample from the top_k most likely tokens; 0: all (default: 50)",
-    )
+    add("--top_k", type=number(int, 0), default=50, help="most likely tokens to sample from; 0: all (default: 50)")
     add(
         "--top_p",
         type=number(float, 0, 1),
         default=1.0,
-        help="sample from the smallest set of most likely tokens with a total probability\n"
-        "of at least top_p; 1.0 means all tokens (default: 1.0)",
+        help="sample from the most likely tokens with this total probability (default: 1.0, all)",
     )
     add("--seed", type=number(int, 0, 2**64 - 1), default=1337, help="random seed (default: 1337)")
     args = parser.parse_args()
     if "" in args.stop:
         fail("--stop is empty: pass a text that ends a sample")
     return args
-
-
-def read_prompt():
-    """Return the prompt for "--prompt -": all of standard input.
-
-    The byte order mark and the newline at the end, which many editors add, are not part of it.
-    """
-    prompt = sys.stdin.buffer.read().decode("utf-8-sig", errors="replace")
-    return prompt.removesuffix("\n").removesuffix("\r")  # Windows ends lines with "\r\n"
 
 
 def ask_for_prompts(model, tokenizer, args):
@@ -594,7 +555,11 @@ def main():
     # Load the model and tokenize the prompt.
     device = pick_device(args.device)
     model, tokenizer, directory = load_model(args.model, device, getattr(torch, args.dtype))
-    prompt = read_prompt() if args.prompt == "-" else args.prompt or ""
+    prompt = args.prompt or ""
+    if prompt == "-":
+        # many editors add a byte order mark, and "\n" or, on Windows, "\r\n" at the end
+        prompt = sys.stdin.buffer.read().decode("utf-8-sig", errors="replace")
+        prompt = prompt.removesuffix("\n").removesuffix("\r")
     try:
         prompt_tokens = encode_prompt(prompt, tokenizer, model.config["n_positions"])
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
