@@ -234,7 +234,7 @@ def test_16_bits_differ_from_float32_by_rounding_only(dtype, device, tmp_path, t
 def test_the_trainer_finds_the_same_accuracy_in_the_prepared_file(tmp_path, examples, monkeypatch, tiktoken_cache):
     monkeypatch.chdir(tmp_path)
     make_model("model", vocab_size=50257, n_embd=8)
-    data = write_jsonl(tmp_path / "val.jsonl", examples[:60])
+    data = write_jsonl(tmp_path / "val.jsonl", examples[:20])
     assert call("hellaswag", "--prepare", "--data", data).returncode == 0
     result, _ = evaluate(tmp_path, "--model", "model", "--data", data, "--device", "cpu")
 
