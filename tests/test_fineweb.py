@@ -38,7 +38,6 @@ from conftest import (
     write_bin,
 )
 
-BOOKS = sorted((SHARED / "data" / "books").glob("*.parquet"))
 END_OF_TEXT = 256  # of the tokenizer bytes
 BYTES = ["--tokenizer", "bytes", "--workers", 2]
 SHARD_SIZE = 20011  # tokens per shard of the data set that most tests make
@@ -281,17 +280,6 @@ def test_a_million_spaces_are_tokenized(tmp_path, tiktoken_cache):
     assert tokens[0] == enc.eot_token
     assert enc.decode(tokens[1:]) == text
     assert tokens[-1] == enc.encode_ordinary(" x")[0]
-
-
-@pytest.mark.skipif(not BOOKS, reason="no ../shared/data/books")
-def test_real_documents_have_the_tokens_of_encode_ordinary(tmp_path, tiktoken_cache):
-    enc = tiktoken.get_encoding("gpt2")
-    table = pq.ParquetFile(BOOKS[0]).read_row_group(0, columns=["text"])
-    expected = reference(table.column(0).to_pylist()[:400], enc.encode_ordinary, enc.eot_token)
-    assert len(expected) >= 400_000
-    flags = ["--source", *BOOKS, "--max_tokens", 400_000, "--shard_size", 150_000]
-    succeed(*flags, "--local_dir", tmp_path / "out")
-    assert read_shards(tmp_path / "out", 150_000) == expected[:400_000]
 
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view()], ids=str)

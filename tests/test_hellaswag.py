@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 from conftest import (
     ROOT,
-    SHARED,
     Run,
     assert_user_error,
     call,
@@ -155,14 +155,9 @@ def test_200_examples_equal_the_plain_method(device, tmp_path, examples):
 
 
 @pytest.mark.gpt2
-def test_gpt2_tokens_of_books_equal_the_plain_method(tmp_path, tiktoken_cache):
-    books = sorted((SHARED / "data" / "books").glob("*.parquet"))
-    if not books:
-        pytest.skip("the books are not in ../shared/data/books")
-    import tiktoken
-
-    texts = pq.ParquetFile(books[0]).read_row_group(0, columns=["text"]).column(0).to_pylist()
-    examples = make_examples(" ".join(texts[:200]).split(), 12)
+def test_examples_of_gpt2_tokens_equal_the_plain_method(tmp_path, tiktoken_cache):
+    words = (ROOT / "input.txt").read_text(encoding="utf-8").split()
+    examples = make_examples(words, 6)
     model = make_model(tmp_path / "model", vocab_size=50257, n_embd=8, n_positions=256)
     data = write_jsonl(tmp_path / "val.jsonl", examples)
     result, _ = evaluate(tmp_path, "--model", tmp_path / "model", "--data", data, "--device", "cpu")
@@ -286,8 +281,6 @@ def test_json_lines_may_have_a_byte_order_mark_windows_line_ends_and_blank_lines
 
 
 def test_prepare_writes_the_arrays_that_the_trainer_reads(tmp_path, examples, monkeypatch, tiktoken_cache):
-    import tiktoken
-
     monkeypatch.chdir(tmp_path)
     data = write_parquet(tmp_path / "val.parquet", examples)
     done = call("hellaswag", "--prepare", "--data", data, "--limit", 150)

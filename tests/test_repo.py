@@ -20,7 +20,6 @@ DOCUMENTS = []
 for folder in (".", "docs", "docs/lessons", "benchmarks", "tests"):
     DOCUMENTS += sorted((ROOT / folder).glob("*.md"))
 BLOCK = r"^# --- copied block: (\S+) ---\n(.*?)^# --- end of copied block: (\S+) ---\n"
-every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def source_of(script):
