@@ -529,8 +529,9 @@ def test_a_directory_in_use_is_refused(data, tmp_path):
     flags = [*data["flags"], "--local_dir", directory]
     run = Run(*flags, script="fineweb", before=at_disk_change(directory, hang))
     wait_until(lambda: list(directory.glob("*.npy")), run)
-    assert_user_error(call("fineweb", *flags), directory)
+    done = call("fineweb", *flags)
     run.processes[0].kill()
+    assert_user_error(done, directory)
 
 
 @has_simulations
