@@ -164,18 +164,18 @@ def torchrun(n, script, *args, cwd=None):
 
 # --------------------------------------------------------------------- runs in forked processes
 class Run:
-    """A run of train_gpt2.py in one forked process for each rank.
+    """A run of a script in one forked process for each rank.
 
     before(rank) is called in each process, for example to inject a fault. A fork takes a fraction of
-    a second if this process has run train_gpt2.py before: everything is imported then.
+    a second if this process has run the script before: everything is imported then.
     """
 
-    def __init__(self, *flags, ranks=1, before=None):
+    def __init__(self, *flags, script="train_gpt2", ranks=1, before=None):
         self.folder = Path(tempfile.mkdtemp())
-        compiled_trainer()
+        compiled(script)
         self.processes = []
         for rank in range(ranks):
-            arguments = (self.folder, rank, ranks, flags, before)
+            arguments = (self.folder, script, rank, ranks, flags, before)
             process = get_context("fork").Process(target=run_rank, args=arguments)
             process.start()
             self.processes.append(process)
@@ -192,8 +192,8 @@ class Run:
         return results
 
 
-def run_rank(folder, rank, ranks, flags, before):
-    """Run train_gpt2.py as python does, with its output in folder."""
+def run_rank(folder, script, rank, ranks, flags, before):
+    """Run a script as python does, with its output in folder."""
     sys.stdout = open(folder / f"{rank}.out", "w")  # noqa: SIM115 (open until the process ends)
     sys.stderr = open(folder / f"{rank}.err", "w")  # noqa: SIM115
     if ranks > 1:
@@ -209,15 +209,15 @@ def run_rank(folder, rank, ranks, flags, before):
         torch.distributed.init_process_group = meet_at_file
     if before:
         before(rank)
-    sys.argv = ["train_gpt2.py", *map(str, flags)]
-    runpy.run_path(compiled_trainer(), run_name="__main__")
+    sys.argv = [f"{script}.py", *map(str, flags)]
+    runpy.run_path(compiled(script), run_name="__main__")
 
 
 @cache
-def compiled_trainer():
-    """Return the path of train_gpt2.py as bytecode, because it is long and starts often."""
+def compiled(script):
+    """Return the path of a script as bytecode, because some are long and start often."""
     path = tempfile.mktemp(suffix=".pyc")
-    return py_compile.compile(str(ROOT / "train_gpt2.py"), path, doraise=True)
+    return py_compile.compile(str(ROOT / f"{script}.py"), path, doraise=True)
 
 
 # --------------------------------------------------------------------------------------- faults

@@ -1,17 +1,18 @@
 """bigram.py and gpt.py: data, models against transformers, training against a plain loop, sampling, saving, errors."""
 
-import collections
 import math
 import os
 import pickle
 import re
 import signal
-import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_user_error, call, command, load, run
+from conftest import ROOT, Run, assert_user_error, call, load
 
 bigram = load("bigram")
 gpt = load("gpt")
@@ -21,6 +22,7 @@ SHAPE = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
 SMALL_GPT = [*SMALL, "--device", "cpu", "--batch_size", 4]
 for flag, size in SHAPE.items():
     SMALL_GPT += [f"--{flag}", size]
+posix = pytest.mark.skipif(os.name != "posix", reason="needs forks")
 both_scripts = pytest.mark.parametrize("script", ["bigram", "gpt"])
 both_scripts_small = pytest.mark.parametrize(
     "script, flags",
@@ -53,55 +55,44 @@ def sample_of(done):
 
 
 # ------------------------------------------------------------------------------------------ data
-@both_scripts
-def test_encode_and_decode_use_the_index_in_the_vocabulary(script):
-    module = load(script)
-    chars = ["\n", " ", "e", "l", "o", "ö", "世"]
-    assert module.encode("lo 世", chars) == [3, 4, 1, 6]
-    assert module.decode([3, 4, 1, 6], chars) == "lo 世"
-
-
-def test_windows_of_a_batch_start_anywhere_and_targets_are_shifted_by_one():
-    data = torch.arange(100, 120)
-    x, y = gpt.get_batch(data, 2000, 5, torch.Generator().manual_seed(0))
-    assert torch.equal(x[:, 1:], y[:, :-1])
-    windows = torch.cat((x, y[:, -1:]), dim=1)
-    expected = {tuple(range(start, start + 6)) for start in range(100, 115)}
-    assert {tuple(window) for window in windows.tolist()} == expected
-
-
-def test_vocabulary_is_sorted_and_the_last_tenth_is_for_validation(tmp_path):
-    """The last tenth has characters of its own, so the model has never seen a target of the validation."""
-    text = "wörld 世 hello " * 60 + "ABCDEFGHIJ" * 10
-    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # a byte order mark is not text
-    flags = ["--input", tmp_path / "text.txt", *SMALL_GPT, "--max_steps", 150, "--learning_rate", 0.01]
-    done = call("gpt", *flags, "--eval_interval", 50, "--save", tmp_path / "model.pt")
-    _, chars = gpt.load_model(tmp_path / "model.pt", "cpu")
-    assert chars == sorted(set(text))
-    assert f"{len(chars)} characters" in done.stdout
-    _, train_loss, val_loss = estimates_of(done)[-1]
-    assert train_loss < 1 and val_loss > 6
+@both_scripts_small
+def test_a_byte_order_mark_is_not_text(script, flags, tmp_path):
+    text = "wörld 世 hello " * 60
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    done = call(script, "--input", tmp_path / "text.txt", *flags, "--max_steps", 1)
+    assert f"{len(set(text))} characters" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------- bigram
-def test_bigram_learns_the_conditional_entropy_of_its_text(tmp_path):
-    """No table can do better than the counted frequencies, and training must come close to them."""
-    rng = torch.Generator().manual_seed(3)
-    successors = {"a": "aab", "b": "ccca", "c": "ab"}
-    text = "a"
-    for number in torch.randint(12, (4000,), generator=rng).tolist():
-        choices = successors[text[-1]]
-        text += choices[number % len(choices)]
-    (tmp_path / "text.txt").write_text(text)
-    train_text = text[: int(0.9 * len(text))]
-    pair_counts = collections.Counter(zip(train_text, train_text[1:], strict=False))
-    first_counts = collections.Counter(train_text[:-1])
-    entropy = 0.0
-    for (first, _), count in pair_counts.items():
-        entropy -= count / (len(train_text) - 1) * math.log(count / first_counts[first])
-    flags = ["--input", tmp_path / "text.txt", "--max_steps", 400, "--learning_rate", 0.05]
-    _, train_loss, _ = estimates_of(call("bigram", *flags))[-1]
-    assert train_loss == pytest.approx(entropy, abs=0.02)
+def test_bigram_trains_and_samples_as_a_plain_loop_does(text_file):
+    flags = "--batch_size 3 --block_size 5 --max_steps 40 --learning_rate 0.05 --eval_iters 7 --seed 5"
+    done = call("bigram", "--input", text_file, *flags.split(), "--max_new_tokens", 30)
+
+    text = text_file.read_text(encoding="utf-8")
+    chars = sorted(set(text))
+    data = torch.tensor([chars.index(char) for char in text[: int(0.9 * len(text))]])
+    torch.manual_seed(5)
+    table = torch.nn.Parameter(bigram.Bigram(len(chars)).wte.weight.detach().clone())
+    optimizer = torch.optim.AdamW([table], lr=0.05)
+
+    def loss_of_batch(generator):
+        start = torch.randint(len(data) - 5, (3, 1), generator=generator)
+        windows = data[start + torch.arange(6)]
+        return F.cross_entropy(table[windows[:, :-1]].flatten(0, 1), windows[:, 1:].flatten())
+
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss_of_batch(generator).backward()
+        optimizer.step()
+    generator = torch.Generator().manual_seed(0)
+    expected = sum(loss_of_batch(generator).item() for _ in range(7)) / 7
+    assert estimates_of(done)[-1][1] == pytest.approx(expected, abs=1e-4)
+    generator = torch.Generator().manual_seed(5)
+    ids = [0]
+    for _ in range(30):
+        ids.append(torch.multinomial(table[ids[-1]].softmax(-1), 1, generator=generator).item())
+    assert sample_of(done) == "".join(chars[i] for i in ids) + "\n"
 
 
 def test_bigram_on_tiny_shakespeare_ends_below_2_50(tiny_shakespeare):
@@ -202,27 +193,20 @@ def test_estimate_loss_is_the_mean_over_all_windows_without_dropout():
     assert model.training
 
 
-def test_learning_rate_warms_up_then_follows_a_cosine_to_10_percent():
-    for step in range(130):
-        if step < 10:
-            expected = 3.0 * (step + 1) / 10
-        else:
-            ratio = min(1, (step - 10) / 90)
-            expected = 0.3 + 0.5 * (1 + math.cos(math.pi * ratio)) * (3.0 - 0.3)
-        assert gpt.get_lr(step, 3.0, 10, 100) == pytest.approx(expected), step
-    assert gpt.get_lr(0, 3.0, 0, 100) == pytest.approx(3.0)  # no warmup
-
-
 def test_training_equals_a_plain_loop_around_transformers(text_file, tmp_path):
     flags = [*SMALL_GPT, "--max_steps", 130, "--learning_rate", 0.01, "--seed", 7]
+    flags += ["--activation", "gelu", "--dropout", 0.1]
     done = call("gpt", "--input", text_file, *flags, "--save", tmp_path / "model.pt")
     model, chars = gpt.load_model(tmp_path / "model.pt", "cpu")
     val_losses = [val_loss for _, _, val_loss in estimates_of(done)]
     assert min(val_losses) == val_losses[-1], "the saved model is not the last one"
 
-    # the same weights at the start, and the same batches
+    # the same weights and random numbers at the start, and the same batches
     torch.manual_seed(7)
-    reference = transformers_gpt2(gpt.GPT(gpt.GPTConfig(len(chars), **SHAPE)))
+    start_model = gpt.GPT(gpt.GPTConfig(len(chars), **SHAPE, activation="gelu"))
+    random_state = torch.get_rng_state()
+    reference = transformers_gpt2(start_model, dropout=0.1).train()
+    torch.set_rng_state(random_state)
     text = text_file.read_text(encoding="utf-8")
     data = torch.tensor([chars.index(char) for char in text[: int(0.9 * len(text))]])
     generator = torch.Generator().manual_seed(7)
@@ -240,9 +224,9 @@ def test_training_equals_a_plain_loop_around_transformers(text_file, tmp_path):
         optimizer.zero_grad()
     with torch.no_grad():
         idx = data[:1600].view(100, 16)
-        difference = model(idx)[0] - reference(idx).logits
-    # rounding grows to 0.006; without clipping, or with other betas or learning rates, it is above 0.2
-    assert difference.abs().mean() < 0.05
+        difference = model.eval()(idx)[0] - reference.eval()(idx).logits
+    # rounding grows to 0.00001; without clipping, or with other betas or learning rates, it is above 0.2
+    assert difference.abs().mean() < 0.01
 
 
 @both_scripts_small
@@ -272,17 +256,6 @@ def test_full_preset_has_10788929_parameters(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- sampling
-@both_scripts
-def test_a_model_trained_on_a_cycle_writes_the_cycle(script, tmp_path):
-    """The sample begins with the first character of the vocabulary, the space."""
-    (tmp_path / "text.txt").write_text("the quick" * 60)  # every character has one successor
-    flags = ["--input", tmp_path / "text.txt", *SMALL, "--max_new_tokens", 30, "--max_steps", 300]
-    if script == "gpt":
-        flags = ["--input", tmp_path / "text.txt", *SMALL_GPT, "--max_new_tokens", 30, "--max_steps", 100]
-    done = call(script, *flags, "--learning_rate", {"bigram": 0.5, "gpt": 0.02}[script])
-    assert sample_of(done) == (" quickthe" * 4)[:31] + "\n"
-
-
 def plain_generate(model, idx, max_new_tokens, seed, temperature, top_k):
     """Do what generate does in plain Python: probabilities from math.exp and sorted lists."""
     ids = idx[0].tolist()
@@ -317,8 +290,7 @@ def test_saved_model_is_the_best_one_and_gives_the_same_text_when_loaded(tmp_pat
     (tmp_path / "noise.txt").write_text(text)
     path = tmp_path / "model.pt"
     sampling = ["--device", "cpu", "--prompt", "abba", "--max_new_tokens", 100, "--temperature", 0.9, "--top_k", 4]
-    flags = [*SMALL_GPT, "--max_steps", 200, "--eval_interval", 50, "--learning_rate", 0.01]
-    flags += ["--activation", "gelu", "--dropout", 0.1, "--save", path]
+    flags = [*SMALL_GPT, "--max_steps", 200, "--eval_interval", 50, "--learning_rate", 0.01, "--save", path]
     trained = call("gpt", "--input", tmp_path / "noise.txt", *flags, *sampling)
     val_losses = [val_loss for _, _, val_loss in estimates_of(trained)]
     assert min(val_losses) < val_losses[-1] - 0.1, "the loss of this run should have got worse"
@@ -326,29 +298,30 @@ def test_saved_model_is_the_best_one_and_gives_the_same_text_when_loaded(tmp_pat
     val_data = torch.tensor([chars.index(char) for char in text[360:]])
     assert gpt.estimate_loss(model, val_data, 4, 4, 16) == pytest.approx(min(val_losses), abs=1e-4)
 
-    # another process prints the same text, or its beginning
-    loaded = run("gpt", "--load", path, *sampling, cwd=tmp_path)
-    assert loaded.returncode == 0, loaded.stderr
-    sample = sample_of(trained)
-    assert len(sample) == 4 + 100 + 1 and sample.startswith("abba")
-    assert loaded.stdout.endswith("\n" + sample)
+    # the flags of sampling count, and another run prints the same text, or its beginning
+    idx = torch.tensor([gpt.encode("abba", chars)])
+    idx = model.generate(idx, 100, torch.Generator().manual_seed(1337), 0.9, 4)
+    sample = gpt.decode(idx[0].tolist(), chars) + "\n"
+    assert sample_of(trained) == sample
+    assert call("gpt", "--load", path, *sampling).stdout.endswith("\n" + sample)
     stopped = call("gpt", "--load", path, *sampling, "--stop", "ba")  # the prompt does not count
     assert stopped.stdout.endswith("\n" + sample[: sample.index("ba", 4) + 2] + "\n")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pt", "noise.txt"]
 
 
+@posix
 def test_ctrl_c_keeps_the_best_model_and_each_loss_is_printed_at_once(text_file, tmp_path):
     flags = ["--input", text_file, *SMALL_GPT, "--max_steps", 10**6, "--eval_interval", 50]
-    line = command("gpt", *flags, "--save", tmp_path / "model.pt")
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    output = ""
-    while "step 100:" not in output:
-        output += process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    output += process.communicate(timeout=100)[0]
+    run = Run(*flags, "--save", tmp_path / "model.pt", script="gpt")
+    output = run.folder / "0.out"
+    while not output.exists() or "step 100:" not in output.read_text():
+        assert run.processes[0].is_alive()
+        time.sleep(0.01)
+    os.kill(run.processes[0].pid, signal.SIGINT)
+    [done] = run.wait()
     model, chars = gpt.load_model(tmp_path / "model.pt", "cpu")
     val_data = torch.tensor([chars.index(char) for char in text_file.read_text(encoding="utf-8")[27_000:]])
-    best = min(float(val_loss) for _, _, val_loss in STEP.findall(output))
+    best = min(float(val_loss) for _, _, val_loss in STEP.findall(done.stdout))
     assert best < 3.5, "the model did not learn"
     assert gpt.estimate_loss(model, val_data, 4, 4, 16) <= best + 1e-4
 
@@ -361,10 +334,15 @@ def test_a_saved_model_is_not_overwritten(text_file, tmp_path):
 
 
 # ------------------------------------------------------------------------------ terminals and errors
+@posix
 @both_scripts_small
 def test_terminal_that_cannot_show_a_character_shows_a_question_mark(script, flags, tmp_path):
     (tmp_path / "text.txt").write_text("世界ö" * 200, encoding="utf-8")
-    done = run(script, "--input", tmp_path / "text.txt", *flags, env={"PYTHONIOENCODING": "ascii"})
+
+    def use_ascii(rank):
+        sys.stdout.reconfigure(encoding="ascii")
+
+    [done] = Run("--input", tmp_path / "text.txt", *flags, script=script, before=use_ascii).wait()
     assert (done.returncode, done.stderr) == (0, "")
     assert "?" in sample_of(done)
 
@@ -375,27 +353,24 @@ def test_terminal_that_cannot_show_a_character_shows_a_question_mark(script, fla
 def test_the_validation_part_must_be_longer_than_a_sequence(script, num_lines, status, tmp_path):
     """53 lines are 159 characters, of which 16 are for validation: one too few for block_size 16."""
     (tmp_path / "text.txt").write_text("ab\n" * num_lines)
-    done = call(script, "--input", tmp_path / "text.txt", "--block_size", 16, "--max_steps", 1, "--eval_iters", 1)
+    flags = ["--block_size", 16, "--max_steps", 1, "--eval_iters", 1, "--max_new_tokens", 1]
+    done = call(script, "--input", tmp_path / "text.txt", *flags)
     assert done.returncode == status
 
 
 WRONG_FLAGS = [
-    ("bigram", ["--eval_iters", -1]),
-    ("gpt", ["--n_head", 0]),
-    ("gpt", ["--dropout", 1]),
-    ("gpt", ["--top_k", -3]),
-    ("gpt", ["--eval_interval", 0]),
-    ("gpt", ["--stop", "ß"]),
-    ("gpt", ["--save", "nowhere/model.pt"]),
+    ("--dropout", 1),
+    ("--top_k", -3),
+    ("--eval_interval", 0),
+    ("--stop", "ß"),
+    ("--save", "nowhere/model.pt"),
 ]
 
 
-@pytest.mark.parametrize("script, flags", WRONG_FLAGS, ids=[f"{s} {f[0]} {f[1]}" for s, f in WRONG_FLAGS])
-def test_a_flag_that_makes_no_sense_is_an_error(script, flags, text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flag, value", WRONG_FLAGS)
+def test_a_flag_that_makes_no_sense_is_an_error(flag, value, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    others = {"bigram": SMALL, "gpt": SMALL_GPT}[script]
-    value = str(flags[1])
-    assert_user_error(call(script, "--input", text_file, *others, *flags), flags[0], value[-1])
+    assert_user_error(call("gpt", "--input", text_file, *SMALL_GPT, flag, value), flag, str(value)[-1])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -408,8 +383,13 @@ def test_a_file_that_is_not_a_model_is_an_error_and_runs_no_code(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self"), reason="only Linux limits the memory of a process reliably")
 def test_training_that_does_not_fit_in_memory_is_an_error(text_file):
-    """The process may use 8 GB, so that the run fails at once on every machine and does no harm."""
-    words = command("gpt", "--input", text_file, *SMALL_GPT, "--batch_size", 10**9)
-    line = "ulimit -v 8000000; " + " ".join(f"'{word}'" for word in words)
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=100)
+    """The process may use 2 GB more than now, so that the run fails at once and does no harm."""
+    import resource  # Windows does not have it
+
+    def limit_memory(rank):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        size = pages * resource.getpagesize() + 2 * 10**9
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+    [done] = Run("--input", text_file, *SMALL_GPT, "--batch_size", 10**9, script="gpt", before=limit_memory).wait()
     assert_user_error(done, "--batch_size")

@@ -2,23 +2,23 @@
 
 Expected tokens come from tiktoken, or from the bytes of the texts, one document at a time. One
 promise is tested again and again: whatever happens to a run, the same command ends with the bytes
-of an undisturbed run. RANDOM_KILLS=20 repeats the test with random SIGKILLs 20 times, not twice.
+of an undisturbed run. RANDOM_KILLS=20 repeats the test with random SIGKILLs 20 times.
 """
 
+import contextlib
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
 import random
-import runpy
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
-from multiprocessing import get_context
 
 import numpy as np
 import pyarrow as pa
@@ -26,20 +26,18 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 from conftest import (
-    ROOT,
     SHARED,
+    Run,
     assert_user_error,
     at_disk_change,
     call,
-    command,
     flip_bit,
+    load,
     run,
     truncate,
     write_bin,
 )
 
-FORK = get_context("fork") if hasattr(os, "fork") else None  # a fork imports nothing again
-BOOKS = sorted((SHARED / "data" / "books").glob("*.parquet"))
 END_OF_TEXT = 256  # of the tokenizer bytes
 BYTES = ["--tokenizer", "bytes", "--workers", 2]
 SHARD_SIZE = 20011  # tokens per shard of the data set that most tests make
@@ -123,38 +121,17 @@ def succeed(*flags):
     return done.stdout
 
 
-def start(*flags):
-    """Start fineweb.py in its own process."""
-    line = command("fineweb", *flags)
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def run_forked(*flags, before):
+    """Run fineweb.py in a forked process in which before(0) injects a fault."""
+    [done] = Run(*flags, script="fineweb", before=before).wait()
+    return done
 
 
-def run_forked(folder, *flags, before):
-    """Run fineweb.py in a forked process in which before(0) injects a fault.
-
-    Returns its CompletedProcess.
-    """
-
-    def work():
-        sys.stdout = open(folder / "stdout", "w")  # noqa: SIM115 (open until the process ends)
-        sys.stderr = open(folder / "stderr", "w")  # noqa: SIM115
-        before(0)
-        sys.argv = ["fineweb.py", *map(str, flags)]
-        runpy.run_path(str(ROOT / "fineweb.py"), run_name="__main__")
-
-    process = FORK.Process(target=work)
-    process.start()
-    process.join(60)
-    assert not process.is_alive()
-    out, err = (folder / "stdout").read_text(), (folder / "stderr").read_text()
-    return subprocess.CompletedProcess([], process.exitcode, out, err)
-
-
-def wait_until(condition, process):
-    """Wait until condition() holds. Fails if the process ends before."""
+def wait_until(condition, run):
+    """Wait until condition() holds. Fails if the run ends before."""
     deadline = time.monotonic() + 60
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert run.processes[0].is_alive() and time.monotonic() < deadline
         time.sleep(0.002)
 
 
@@ -198,25 +175,38 @@ def unfinished(data, tmp_path):
 
 
 # --------------------------------------------------------------------------------- exact tokens
-def test_tokens_equal_the_reference_for_any_number_of_workers(data, tmp_path):
+def at_the_same_time(n, function):
+    """Return function, but its first n calls wait for each other. Fails after 10 seconds."""
+    all_calls = threading.Barrier(n)
+    numbers = itertools.count()
+
+    def wait_and_call(*args, **options):
+        if next(numbers) < n:
+            all_calls.wait(10)
+        return function(*args, **options)
+
+    return wait_and_call
+
+
+def test_tokens_equal_the_reference_for_any_number_of_workers(data, tmp_path, monkeypatch):
     expected = reference(data["texts"])
     assert len(expected) % SHARD_SIZE  # the last shard is shorter
     assert read_shards(data["folder"] / "out", SHARD_SIZE) == expected
     assert f"{len(expected):,}" in data["printed"]
     # a pattern instead of paths, and other numbers of threads
     source = ["--source", f"{data['folder']}/in/*.parquet"]
-    for workers in (1, 3):
+    encode = tiktoken.Encoding.encode_to_numpy
+    for workers in (1, 5):
+        monkeypatch.setattr(tiktoken.Encoding, "encode_to_numpy", at_the_same_time(workers, encode))
         directory = tmp_path / str(workers)
         succeed(*data["flags"], *source, "--local_dir", directory, "--workers", workers)
         assert contents(directory) == data["files"]
 
 
-@pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_a_shard_may_end_at_the_end_of_a_batch(data, tmp_path, extra):
+def test_a_shard_may_end_at_the_end_of_a_batch(data, tmp_path):
     """fineweb.py tokenizes 64 documents at once."""
-    shard_size = len(reference(data["texts"][:64])) + extra
-    flags = [*data["flags"], "--shard_size", shard_size, "--local_dir", tmp_path / "out"]
-    succeed(*flags)
+    shard_size = len(reference(data["texts"][:64]))
+    succeed(*data["flags"], "--shard_size", shard_size, "--local_dir", tmp_path / "out")
     assert read_shards(tmp_path / "out", shard_size) == reference(data["texts"])
 
 
@@ -292,17 +282,6 @@ def test_a_million_spaces_are_tokenized(tmp_path, tiktoken_cache):
     assert tokens[-1] == enc.encode_ordinary(" x")[0]
 
 
-@pytest.mark.skipif(not BOOKS, reason="no ../shared/data/books")
-def test_real_documents_have_the_tokens_of_encode_ordinary(tmp_path, tiktoken_cache):
-    enc = tiktoken.get_encoding("gpt2")
-    table = pq.ParquetFile(BOOKS[0]).read_row_group(0, columns=["text"])
-    expected = reference(table.column(0).to_pylist()[:400], enc.encode_ordinary, enc.eot_token)
-    assert len(expected) >= 400_000
-    flags = ["--source", *BOOKS, "--max_tokens", 400_000, "--shard_size", 150_000]
-    succeed(*flags, "--local_dir", tmp_path / "out")
-    assert read_shards(tmp_path / "out", 150_000) == expected[:400_000]
-
-
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view()], ids=str)
 def test_text_columns_of_every_type_give_the_same_tokens(data, tmp_path, kind):
     path = tmp_path / "in.parquet"
@@ -312,19 +291,19 @@ def test_text_columns_of_every_type_give_the_same_tokens(data, tmp_path, kind):
     assert contents(tmp_path / "out", ".npy") == data["shards"]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
-def test_json_lines_give_the_tokens_of_their_texts(data, tmp_path, ending):
+def test_json_lines_give_the_tokens_of_their_texts(data, tmp_path):
     texts = [*data["texts"], "a long document " * 200_000]
-    paths = [tmp_path / f"0.{ending}", tmp_path / f"1.{ending}"]
-    write_json_lines(paths[0], texts[:500])
-    write_json_lines(paths[1], texts[500:])
+    parts = {"jsonl": texts[:400], "jsonl.gz": texts[400:800], "jsonl.zst": texts[800:]}
+    paths = [tmp_path / f"{i}.{ending}" for i, ending in enumerate(parts)]
+    for path, part in zip(paths, parts.values(), strict=True):
+        write_json_lines(path, part)
     flags = [*BYTES, "--source", *paths, "--shard_size", 100_003]
     succeed(*flags, "--local_dir", tmp_path / "out")
     assert read_shards(tmp_path / "out", 100_003) == reference(texts)
 
 
 # ----------------------------------------------------------------------------------- small data
-@pytest.mark.parametrize("extra", [0, 1, 10**6])
+@pytest.mark.parametrize("extra", [0, 1])
 def test_the_last_tenth_of_small_data_is_for_validation(data, tmp_path, extra):
     """All tokens fit into one shard, which may be larger than the data by some extra tokens."""
     expected = reference(data["texts"])
@@ -360,7 +339,7 @@ def test_a_limit_below_one_shard_makes_two_shards(data, tmp_path):
 
 # -------------------------------------------------------------------------------- interruptions
 @posix
-@pytest.mark.parametrize("seed", range(int(os.environ.get("RANDOM_KILLS", "2"))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("RANDOM_KILLS", "1"))))
 def test_a_run_killed_at_random_moments_continues_to_the_same_shards(data, tmp_path, seed):
     """Kill the run until it ends by itself, each time a random while after its next shard."""
     flags = [*BYTES, "--shard_size", 15013, "--source", *8 * [data["paths"][0]]]
@@ -370,56 +349,57 @@ def test_a_run_killed_at_random_moments_continues_to_the_same_shards(data, tmp_p
     directory = tmp_path / "out"
     shards = 0
     for _ in range(4):
-        process = start(*flags, "--local_dir", directory)
+        run = Run(*flags, "--local_dir", directory, script="fineweb")
         shards += generator.randrange(num_shards // 4)
-        wait_until(lambda goal=shards: len(list(directory.glob("*.npy"))) >= goal, process)
+        wait_until(lambda goal=shards: len(list(directory.glob("*.npy"))) >= goal, run)
         time.sleep(generator.uniform(0, 0.03))
-        process.kill()
-        process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL)
+        run.processes[0].kill()
+        assert run.wait()[0].returncode in (0, -signal.SIGKILL)
     succeed(*flags, "--local_dir", directory)
     assert contents(directory) == contents(tmp_path / "whole")
 
 
 @posix
-@pytest.mark.parametrize(("ending", "num_shards"), [("parquet", 3), ("jsonl", 2), ("parquet", 1)])
-def test_a_run_may_die_between_any_two_changes_of_the_disk(data, tmp_path, ending, num_shards):
-    """If all tokens fit into one shard, both shards are written at the end."""
-    path = tmp_path / f"in.{ending}"
-    {"parquet": write_parquet, "jsonl": write_json_lines}[ending](path, data["texts"])
+@pytest.mark.parametrize("num_shards", [3, 1])
+def test_a_run_may_die_between_any_two_changes_of_the_disk(data, tmp_path, num_shards):
+    """If all tokens fit into one shard, both shards are written at the end.
+
+    One run copies its directory before each change. A run that dies there leaves the same files.
+    """
+    paths = [tmp_path / "0.parquet", tmp_path / "1.jsonl"]
+    write_parquet(paths[0], data["texts"][:500])
+    write_json_lines(paths[1], data["texts"][500:])
     shard_size = len(reference(data["texts"])) // num_shards + 1
-    flags = [*BYTES, "--source", path, "--shard_size", shard_size]
-    succeed(*flags, "--local_dir", tmp_path / "whole")
-    for n in range(1, 100):
-        directory = tmp_path / f"out{n}"
-        flags_n = [*flags, "--local_dir", directory]
+    flags = [*BYTES, "--source", *paths, "--shard_size", shard_size]
+    whole = tmp_path / "whole"
 
-        def die(number, last=n):
-            if number == last:
-                os._exit(9)
+    def copy_directory(number):
+        if whole.exists():
+            shutil.copytree(whole, tmp_path / f"died_{number}")
 
-        done = run_forked(tmp_path, *flags_n, before=at_disk_change(directory, die))
-        succeed(*flags_n)
-        assert contents(directory) == contents(tmp_path / "whole"), n
-        if done.returncode == 0:
-            break
-        assert done.returncode == 9
-    assert n >= 10
+    done = run_forked(*flags, "--local_dir", whole, before=at_disk_change(whole, copy_directory))
+    assert done.returncode == 0
+    copies = list(tmp_path.glob("died_*"))
+    assert len(copies) >= 10
+    for directory in copies:
+        succeed(*flags, "--local_dir", directory)
+        assert contents(directory) == contents(whole), directory
 
 
 @posix
-def test_ctrl_c_ends_the_run_at_once_and_it_continues(tmp_path):
-    path = tmp_path / "in.parquet"
-    write_parquet(path, ["word " * 2000] * 5000)  # seconds of work
-    flags = [*BYTES, "--source", path, "--shard_size", 200_000, "--max_tokens", 40_000_000]
-    flags += ["--local_dir", tmp_path / "out"]
-    process = start(*flags)
-    wait_until(lambda: list(tmp_path.glob("out/*_train_000002.npy")), process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (-signal.SIGINT, "")
+def test_ctrl_c_ends_the_run_at_once_and_it_continues(data, tmp_path):
+    directory = tmp_path / "out"
+
+    def press_ctrl_c(number):
+        if number == 20:  # after several shards
+            signal.raise_signal(signal.SIGINT)
+
+    flags = [*data["flags"], "--local_dir", directory]
+    done = run_forked(*flags, before=at_disk_change(directory, press_ctrl_c))
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    assert 2 <= len(list(directory.glob("*.npy"))) < len(data["shards"])
     succeed(*flags)
-    assert len(read_shards(tmp_path / "out", 200_000)) == 40_000_000
+    assert contents(directory) == data["files"]
 
 
 @posix
@@ -432,7 +412,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues(data, tmp_path):
 
     flags = [*BYTES, "--source", *data["paths"], "--shard_size", 60_000]
     flags += ["--local_dir", tmp_path / "out"]
-    assert_user_error(run_forked(tmp_path, *flags, before=limit_files))
+    assert_user_error(run_forked(*flags, before=limit_files))
     succeed(*flags)
     assert read_shards(tmp_path / "out", 60_000) == reference(data["texts"])
 
@@ -447,10 +427,7 @@ def test_a_damaged_parquet_file_is_named_and_finished_shards_stay(data, unfinish
 # ------------------------------------------------------------------------------------- mistakes
 # test_errors.py has the mistakes of all scripts; here are those that only this one has
 MISTAKES = [  # flags, words of the one line on stderr
-    ("--source good.parquet --text_column body", ["good.parquet", "body", "--text_column", "id"]),
     ("--source good.parquet --shard_size 100000000000000000", ["--shard_size"]),
-    ("--source good.parquet --tokenizer words", ["--tokenizer", "words"]),
-    ("--source good.parquet truncated.parquet", ["truncated.parquet"]),
     ("--source no_texts.parquet", ["--source", "--text_column"]),
     ("--source one.jsonl", ["--source", "prepare_shakespeare.py"]),
     ("--source one.jsonl --text_column body", ["one.jsonl", "body", "--text_column"]),
@@ -467,9 +444,7 @@ def mistakes(data, tmp_path_factory):
     """A folder with the files that MISTAKES names."""
     folder = tmp_path_factory.mktemp("mistakes")
     write_parquet(folder / "no_texts.parquet", [None, ""])
-    content = data["paths"][0].read_bytes()
-    (folder / "good.parquet").write_bytes(content)
-    (folder / "truncated.parquet").write_bytes(content[:1000])
+    shutil.copy(data["paths"][0], folder / "good.parquet")
     (folder / "text.txt").write_text("a text")
     (folder / "not_utf8.jsonl").write_bytes(b'{"text": "\xe9"}\n')
     for name in ("one.jsonl", "truncated.jsonl", "truncated.jsonl.gz"):
@@ -494,30 +469,20 @@ def test_after_a_mistake_the_corrected_command_works(data, tmp_path):
     assert contents(tmp_path / "out") == data["files"]
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "new"),
-    [
+def test_other_settings_and_files_are_refused(data, tmp_path, tiktoken_cache):
+    directory = tmp_path / "out"
+    shutil.copytree(data["folder"] / "out", directory)
+    flags = [*data["flags"], "--local_dir", directory]
+    changes = [
         ("shard_size", SHARD_SIZE, 20012),
         ("max_tokens", 0, 50_000),
         ("text_column", "text", "id"),
         ("tokenizer", "bytes", "gpt2"),
-    ],
-)
-def test_other_settings_are_refused_with_both_values(data, tmp_path, tiktoken_cache, name, old, new):
-    directory = tmp_path / "out"
-    shutil.copytree(data["folder"] / "out", directory)
-    done = call("fineweb", *data["flags"], "--local_dir", directory, f"--{name}", new)
-    assert_user_error(done, directory, name, old, new)
-    assert contents(directory) == data["files"]
-    succeed(*data["flags"], "--local_dir", directory)
-    assert contents(directory) == data["files"]
-
-
-def test_other_files_are_refused(data, tmp_path):
-    directory = tmp_path / "out"
-    shutil.copytree(data["folder"] / "out", directory)
-    flags = [*data["flags"], "--local_dir", directory]
+    ]
+    for name, old, new in changes:
+        assert_user_error(call("fineweb", *flags, f"--{name}", new), directory, name, old, new)
     assert_user_error(call("fineweb", *flags, "--source", data["paths"][0]), directory)
+    succeed(*flags)
     assert contents(directory) == data["files"]
 
 
@@ -543,28 +508,30 @@ def test_a_directory_with_other_shards_is_refused(data, tmp_path):
     assert contents(tmp_path) == {"mine_train_000000.npy": b"mine"}
 
 
-@pytest.mark.parametrize("damage", ["", "[]", '{"settings": {}}', "\udcff"])
 @pytest.mark.parametrize("name", ["state_00000.json", "meta.json"])
-def test_a_damaged_state_or_meta_json_is_one_line(unfinished, name, damage):
+def test_a_damaged_state_or_meta_json_is_one_line(unfinished, name):
     directory, flags = unfinished
-    path = directory / name
-    path.write_text(damage, encoding="utf-8", errors="surrogateescape")
-    before = contents(directory)
-    assert_user_error(call("fineweb", *flags), directory)
-    assert contents(directory) == before
+    for damage in ("", '{"settings": {}}'):
+        (directory / name).write_text(damage)
+        before = contents(directory)
+        assert_user_error(call("fineweb", *flags), directory)
+        assert contents(directory) == before
 
 
 @posix
-def test_a_directory_in_use_is_refused(tmp_path):
-    write_parquet(tmp_path / "in.parquet", ["word " * 2000] * 5000)  # seconds of work
-    flags = [*BYTES, "--source", tmp_path / "in.parquet", "--shard_size", 200_000]
-    flags += ["--local_dir", tmp_path / "out"]
-    process = start(*flags)
-    wait_until(lambda: list(tmp_path.glob("out/*_train_000002.npy")), process)
-    process.send_signal(signal.SIGSTOP)  # it holds the lock, and does not end
-    assert_user_error(run("fineweb", *flags), tmp_path / "out")
-    process.kill()
-    process.communicate()
+def test_a_directory_in_use_is_refused(data, tmp_path):
+    directory = tmp_path / "out"
+
+    def hang(number):
+        if number == 20:
+            time.sleep(1000)
+
+    flags = [*data["flags"], "--local_dir", directory]
+    run = Run(*flags, script="fineweb", before=at_disk_change(directory, hang))
+    wait_until(lambda: list(directory.glob("*.npy")), run)
+    done = call("fineweb", *flags)
+    run.processes[0].kill()
+    assert_user_error(done, directory)
 
 
 @has_simulations
@@ -580,14 +547,6 @@ def test_windows_and_file_systems_without_locks(data, tmp_path, simulation):
     assert num_warnings == done.stderr.count("\n") <= 1
     assert simulation == "win" or str(tmp_path / "out") in done.stderr
     assert read_shards(tmp_path / "out", SHARD_SIZE) == reference(data["texts"])[:50_000]
-
-
-@has_simulations
-def test_a_wrong_page_in_place_of_the_vocabulary_is_one_line(data, tmp_path):
-    flags = ["--source", data["paths"][0], "--local_dir", tmp_path / "out"]
-    environment = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(SHARED / "sim/badvocab")}
-    done = run("fineweb", *flags, env=environment)
-    assert_user_error(done, "TIKTOKEN_CACHE_DIR")
 
 
 # ------------------------------------------------------------------------------------ verifying
@@ -645,14 +604,17 @@ def test_verify_reads_shards_of_other_projects(tmp_path, tiktoken_cache):
         assert_user_error(call("fineweb", "--verify", tmp_path / "bin"), shard.name)
 
 
-def test_verify_prints_any_text_on_an_ascii_terminal(tmp_path):
+def test_verify_prints_any_text_on_an_ascii_terminal(tmp_path, monkeypatch):
     text = "東京 🙂 naïve"
     write_parquet(tmp_path / "in.parquet", [text, text])
     flags = [*BYTES, "--source", tmp_path / "in.parquet", "--local_dir", tmp_path / "out"]
     succeed(*flags, "--shard_size", 1 + len(text.encode()))  # each document is a shard
-    done = run("fineweb", "--verify", tmp_path / "out", env={"PYTHONIOENCODING": "ascii"})
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "1 documents" in done.stdout
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "argv", ["fineweb.py", "--verify", str(tmp_path / "out")])
+    with contextlib.redirect_stdout(terminal):
+        load("fineweb").main()
+    assert b"na?ve" in terminal.buffer.getvalue()
+    assert b"1 documents" in terminal.buffer.getvalue()
 
 
 # ---------------------------------------------------------------------- a Hub on this machine
@@ -714,10 +676,10 @@ def test_a_file_that_the_hub_refuses_is_asked_for_once(texts_hub, tmp_path, impa
 @posix
 def test_a_run_killed_during_a_download_continues(texts_hub, data, tmp_path):
     texts_hub.hangs = lambda request: "002" in request.path
-    process = start(*HUB_FLAGS, tmp_path / "out")
-    wait_until(lambda: any("002.parquet" in path for _, path in texts_hub.log), process)
-    process.kill()
-    process.communicate()
+    run = Run(*HUB_FLAGS, tmp_path / "out", script="fineweb")
+    wait_until(lambda: any("002.parquet" in path for _, path in texts_hub.log), run)
+    run.processes[0].kill()
+    run.wait()
     texts_hub.hangs = lambda request: False
     # a download that is damaged meanwhile is noticed
     [downloaded] = (tmp_path / "out").rglob("000.parquet")
@@ -739,7 +701,6 @@ def test_shards_of_fineweb_edu_have_its_name(texts_hub, data, tmp_path):
     ("flags", "words"),
     [
         ("--repo_id me/nothing", ["me/nothing"]),
-        ("--repo_id a/b/c", ["a/b/c"]),
         ("--remote_name sample-350BT", ["me/texts", "sample-350BT", "--remote_name"]),
     ],
 )
@@ -748,23 +709,24 @@ def test_a_data_set_that_the_hub_does_not_have_is_one_line(texts_hub, tmp_path, 
     assert_user_error(done, *words)
 
 
-def test_no_network_is_one_line(tmp_path):
-    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = run("fineweb", *BYTES, "--local_dir", tmp_path / "out", env=environment)
+def test_no_network_is_one_line(texts_hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    done = call("fineweb", *BYTES, "--local_dir", tmp_path / "out")
     assert_user_error(done, "HuggingFaceFW/fineweb-edu", "--source")
 
 
+@posix
 def test_a_download_that_hangs_does_not_keep_a_failed_run_alive(texts_hub, tmp_path):
     # The first file is damaged near its end. It is long, so that the download of the next one
     # begins before the run reaches the damage.
-    write_parquet(tmp_path / "long.parquet", make_texts(1, 20_000))
+    write_parquet(tmp_path / "long.parquet", make_texts(1, 10_000))
     content = (tmp_path / "long.parquet").read_bytes()
     damage = len(content) * 9 // 10
     damaged = content[:damage] + bytes(5000) + content[damage + 5000 :]
     texts_hub.files["me/texts"]["sample/10BT/000.parquet"] = damaged
     texts_hub.hangs = lambda request: "001" in request.path
     started = time.perf_counter()
-    done = run("fineweb", *HUB_FLAGS, tmp_path / "out", "--shard_size", 50_000)
+    [done] = Run(*HUB_FLAGS, tmp_path / "out", "--shard_size", 50_000, script="fineweb").wait()
     assert_user_error(done, "000.parquet")
     assert any("001.parquet" in path for _, path in texts_hub.log)
     assert time.perf_counter() - started < 20

@@ -7,22 +7,20 @@ import json
 import os
 import random
 import resource
-import subprocess
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 from conftest import (
     ROOT,
-    SHARED,
+    Run,
     assert_user_error,
     call,
-    command,
     losses,
-    run,
     tiny_flags,
     write_data_set,
 )
@@ -120,9 +118,9 @@ def write_parquet(path, examples):
 
 @pytest.fixture(scope="module")
 def examples():
-    """Return 500 examples of input.txt whose pieces are characters, that is, byte tokens."""
+    """Return 200 examples of input.txt whose pieces are characters, that is, byte tokens."""
     text = (ROOT / "input.txt").read_text(encoding="utf-8")
-    return make_examples(text, 500, separator="")
+    return make_examples(text, 200, separator="")
 
 
 @pytest.fixture
@@ -143,14 +141,13 @@ def evaluate(tmp_path, *flags):
 # ----------------------------------------------------------------- the same as the plain method
 @pytest.mark.gpt2
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", [{}, {"n_layer": 3, "n_head": 3, "n_embd": 48}], ids=str)
-def test_200_examples_equal_the_plain_method(shape, device, tmp_path, examples):
-    model = make_model(tmp_path / "model", **shape)
-    data = write_jsonl(tmp_path / "val.jsonl", examples[:200])
+def test_200_examples_equal_the_plain_method(device, tmp_path, examples):
+    model = make_model(tmp_path / "model", n_layer=3, n_head=3, n_embd=48)
+    data = write_jsonl(tmp_path / "val.jsonl", examples)
     flags = ["--model", tmp_path / "model", "--data", data]
     result, lines = evaluate(tmp_path, *flags, "--device", device, "--dtype", "float32")
     tolerance = 1e-4 if device == "cpu" else 0.2  # GPUs round the factors of float32 matmuls
-    assert_equals_plain_method(result, model, examples[:200], tolerance=tolerance)
+    assert_equals_plain_method(result, model, examples, tolerance=tolerance)
     assert lines == [f"200 acc: {result['acc']:.4f} acc_norm: {result['acc_norm']:.4f}"]
     predictions = result["predictions"]
     assert {prediction["pred"] for prediction in predictions} == {0, 1, 2, 3}
@@ -158,14 +155,9 @@ def test_200_examples_equal_the_plain_method(shape, device, tmp_path, examples):
 
 
 @pytest.mark.gpt2
-def test_gpt2_tokens_of_books_equal_the_plain_method(tmp_path, tiktoken_cache):
-    books = sorted((SHARED / "data" / "books").glob("*.parquet"))
-    if not books:
-        pytest.skip("the books are not in ../shared/data/books")
-    import tiktoken
-
-    texts = pq.ParquetFile(books[0]).read_row_group(0, columns=["text"]).column(0).to_pylist()
-    examples = make_examples(" ".join(texts[:200]).split(), 12)
+def test_examples_of_gpt2_tokens_equal_the_plain_method(tmp_path, tiktoken_cache):
+    words = (ROOT / "input.txt").read_text(encoding="utf-8").split()
+    examples = make_examples(words, 6)
     model = make_model(tmp_path / "model", vocab_size=50257, n_embd=8, n_positions=256)
     data = write_jsonl(tmp_path / "val.jsonl", examples)
     result, _ = evaluate(tmp_path, "--model", tmp_path / "model", "--data", data, "--device", "cpu")
@@ -173,31 +165,23 @@ def test_gpt2_tokens_of_books_equal_the_plain_method(tmp_path, tiktoken_cache):
 
 
 @pytest.mark.gpt2
-@pytest.mark.parametrize("n_positions", [12, 40, 100])
+@pytest.mark.parametrize("n_positions", [12, "a length"])
 def test_contexts_of_long_examples_are_cut_from_the_left(n_positions, tmp_path, examples):
     # Some examples lose a part of the context, some all of it and a part of an ending. In some only
     # one of the four endings is too long. Each ending keeps as much context as fits in front of it.
     examples = examples[:60]
+    lengths = []
+    for example in examples:
+        lengths.append(max(len(example["ctx"]) + 1 + len(ending) for ending in example["endings"]))
+    if n_positions == "a length":  # one example just fits, and one is a token too long
+        n_positions = next(length for length in sorted(lengths) if length + 1 in lengths)
+    num_long = sum(length > n_positions for length in lengths)
     model = make_model(tmp_path / "model", n_positions=n_positions)
     data = write_jsonl(tmp_path / "val.jsonl", examples)
     result, lines = evaluate(tmp_path, "--model", tmp_path / "model", "--data", data, "--device", "cpu")
     assert_equals_plain_method(result, model, examples)
-    num_long = 0
-    for example in examples:
-        longest = max(len(example["ctx"]) + 1 + len(ending) for ending in example["endings"])
-        num_long += longest > n_positions
-    assert num_long > 0
     assert len(lines) == 2
     assert f"{num_long} of 60" in lines[0] and f" {n_positions} " in lines[0]
-
-
-@pytest.mark.parametrize("n_positions, num_messages", [(31, 0), (30, 1)])
-def test_an_example_that_just_fits_is_not_cut(n_positions, num_messages, tmp_path):
-    endings = ["a" * 10, "b" * 10, "c" * 10, "d"]
-    data = write_jsonl(tmp_path / "val.jsonl", [{"ind": 1, "label": 0, "ctx": "x" * 20, "endings": endings}])
-    make_model(tmp_path / "model", n_positions=n_positions)
-    _, lines = evaluate(tmp_path, "--model", tmp_path / "model", "--data", data, "--device", "cpu")
-    assert len(lines) == 1 + num_messages
 
 
 DIFFICULT = [
@@ -211,13 +195,22 @@ DIFFICULT = [
 
 @pytest.mark.gpt2
 @pytest.mark.parametrize("batch_size", [1, 3, 10**6])
-def test_difficult_examples_equal_the_plain_method_in_batches_of_any_size(batch_size, tmp_path, examples):
+def test_difficult_examples_equal_the_plain_method_in_batches_of_any_size(batch_size, tmp_path, examples, monkeypatch):
     difficult = [{"ind": i, "label": i % 4, **example} for i, example in enumerate(DIFFICULT)]
     examples = examples[:10] + difficult
     model = make_model(tmp_path / "model")
     data = write_jsonl(tmp_path / "val.jsonl", examples)
+    attention = F.scaled_dot_product_attention
+    batch_sizes = []
+
+    def remember_batch_size(q, *args, **options):
+        batch_sizes.append(len(q))
+        return attention(q, *args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", remember_batch_size)
     flags = ["--model", tmp_path / "model", "--data", data, "--device", "cpu"]
     result, _ = evaluate(tmp_path, *flags, "--batch_size", batch_size)
+    assert max(batch_sizes) == min(batch_size, len(examples))
     assert_equals_plain_method(result, model, examples)
 
 
@@ -237,7 +230,7 @@ def test_16_bits_differ_from_float32_by_rounding_only(dtype, device, tmp_path, t
 def test_the_trainer_finds_the_same_accuracy_in_the_prepared_file(tmp_path, examples, monkeypatch, tiktoken_cache):
     monkeypatch.chdir(tmp_path)
     make_model("model", vocab_size=50257, n_embd=8)
-    data = write_jsonl(tmp_path / "val.jsonl", examples[:60])
+    data = write_jsonl(tmp_path / "val.jsonl", examples[:20])
     assert call("hellaswag", "--prepare", "--data", data).returncode == 0
     result, _ = evaluate(tmp_path, "--model", "model", "--data", data, "--device", "cpu")
 
@@ -264,13 +257,13 @@ def test_limit_takes_the_first_examples(tmp_path, tiny):
     assert evaluate(tmp_path, *flags, "--limit", 1000)[0]["n"] == 20
 
 
-def test_the_newest_checkpoint_of_log_is_the_default(tmp_path, tiny):
+def test_the_newest_checkpoint_of_log_is_the_default(tmp_path, tiny, monkeypatch):
     _, flags, examples = tiny
     make_model(tmp_path / "log" / "step_000500", seed=1)
     newest = make_model(tmp_path / "log" / "step_1000000", seed=2)
     make_model(tmp_path / "log" / "tmp_step_2000000")
-    before = set(tmp_path.iterdir())
-    done = run("hellaswag", *flags[2:], "--output", "out.json", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = call("hellaswag", *flags[2:], "--output", "out.json")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1  # which model it is, and no progress bar without a terminal
     assert os.path.join("log", "step_1000000") in done.stderr
@@ -278,14 +271,6 @@ def test_the_newest_checkpoint_of_log_is_the_default(tmp_path, tiny):
     result = json.loads((tmp_path / "out.json").read_text())
     assert_equals_plain_method(result, newest, examples)
     assert result["model"] == os.path.join("log", "step_1000000")
-    assert set(tmp_path.iterdir()) - before == {tmp_path / "out.json"}
-
-
-def test_parquet_with_labels_as_text_equals_json_lines(tmp_path, tiny):
-    model, flags, examples = tiny
-    data = write_parquet(tmp_path / "val.parquet", examples)
-    result, _ = evaluate(tmp_path, *flags, "--data", data)
-    assert_equals_plain_method(result, model, examples)
 
 
 def test_json_lines_may_have_a_byte_order_mark_windows_line_ends_and_blank_lines_at_the_end(tmp_path, tiny):
@@ -296,20 +281,17 @@ def test_json_lines_may_have_a_byte_order_mark_windows_line_ends_and_blank_lines
     assert_equals_plain_method(result, model, examples)
 
 
-@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
-def test_prepare_writes_the_arrays_that_the_trainer_reads(write, tmp_path, examples, monkeypatch, tiktoken_cache):
-    import tiktoken
-
+def test_prepare_writes_the_arrays_that_the_trainer_reads(tmp_path, examples, monkeypatch, tiktoken_cache):
     monkeypatch.chdir(tmp_path)
-    data = write(tmp_path / ("val.parquet" if write is write_parquet else "val.jsonl"), examples)
-    done = call("hellaswag", "--prepare", "--data", data)
+    data = write_parquet(tmp_path / "val.parquet", examples)
+    done = call("hellaswag", "--prepare", "--data", data, "--limit", 150)
     assert done.returncode == 0, done.stderr
     assert os.listdir("hellaswag") == ["hellaswag_val.npz"]
 
     # the expected rows, sorted by the length of the longest row
     encode = tiktoken.get_encoding("gpt2").encode
     expected = []
-    for example in examples:
+    for example in examples[:150]:
         context = encode(example["ctx"])
         rows = [context + encode(" " + ending) for ending in example["endings"]]
         expected.append((max(map(len, rows)), len(context), rows, example["label"]))
@@ -319,7 +301,7 @@ def test_prepare_writes_the_arrays_that_the_trainer_reads(write, tmp_path, examp
         arrays = dict(file)
     dtypes = {name: array.dtype for name, array in arrays.items()}
     assert dtypes == {"tokens": np.uint16, "context_length": np.int64, "length": np.int64, "label": np.int64}
-    assert arrays["tokens"].shape == (500, 4, expected[-1][0])
+    assert arrays["tokens"].shape == (150, 4, expected[-1][0])
     assert arrays["context_length"].tolist() == [item[1] for item in expected]
     assert arrays["label"].tolist() == [item[3] for item in expected]
     for i, (_, _, rows, _) in enumerate(expected):
@@ -337,11 +319,10 @@ def test_prepare_keeps_the_old_file_if_the_disk_is_full(tmp_path, examples, monk
     before = path.read_bytes()
     write_jsonl(data, examples)
 
-    def limit_files():
+    def limit_files(rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # no file can get longer
 
-    line = command("hellaswag", "--prepare", "--data", data)
-    done = subprocess.run(line, preexec_fn=limit_files, capture_output=True, text=True)
+    [done] = Run("--prepare", "--data", data, script="hellaswag", before=limit_files).wait()
     assert_user_error(done, path.name)
     assert path.read_bytes() == before
 
@@ -359,12 +340,9 @@ GOOD = {"ind": 5, "label": 1, "ctx": "a", "endings": ["b", "c", "d", "e"]}
 BAD_LINES = {
     "cut off": json.dumps(GOOD)[:-5],
     "no label": json.dumps({name: value for name, value in GOOD.items() if name != "label"}),
-    "label 4": json.dumps({**GOOD, "label": 4}),
     "label -1": json.dumps({**GOOD, "label": -1}),
     "three endings": json.dumps({**GOOD, "endings": ["b", "c", "d"]}),
-    "an ending of numbers": json.dumps({**GOOD, "endings": ["b", "c", "d", [1]]}),
     "an empty context": json.dumps({**GOOD, "ctx": ""}),
-    "a list": "[1, 2]",
 }
 
 
@@ -380,12 +358,11 @@ def test_a_malformed_row_of_parquet_is_named(tmp_path, tiny):
     assert_user_error(call("hellaswag", *tiny[1], "--data", data), 4, data, 7)
 
 
-def test_data_that_is_missing_empty_truncated_or_foreign_is_one_line(tmp_path, tiny, examples):
+def test_data_that_is_empty_or_foreign_is_one_line(tmp_path, tiny):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "latin-1.jsonl").write_bytes(b'{"ind": 5, "ctx": "\xff"}')
-    os.truncate(write_parquet(tmp_path / "truncated.parquet", examples), 5000)
     pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "foreign.parquet")
-    for name in ("nowhere", "empty.jsonl", "latin-1.jsonl", "truncated.parquet", "foreign.parquet"):
+    for name in ("empty.jsonl", "latin-1.jsonl", "foreign.parquet"):
         assert_user_error(call("hellaswag", *tiny[1], "--data", tmp_path / name), name, "--data")
 
 
@@ -408,33 +385,23 @@ def test_a_batch_that_does_not_fit_into_memory_is_one_line(tiny, monkeypatch):
     assert_late_error(call("hellaswag", *tiny[1]), "--batch_size")
 
 
-def test_another_error_while_computing_keeps_its_traceback(tiny, monkeypatch):
-    def attention(*args, **options):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    with pytest.raises(RuntimeError, match="a bug"):
-        call("hellaswag", *tiny[1])
-
-
 def test_output_that_cannot_be_written_is_an_error_before_anything_slow_begins(tmp_path):
     done = call("hellaswag", "--model", tmp_path / "nowhere", "--output", tmp_path / "missing" / "out.json")
     assert_user_error(done, tmp_path / "missing" / "out.json")
 
 
-@pytest.mark.parametrize("flag", ["--limit", "--batch_size"])
 @pytest.mark.parametrize("value", [0, -3, "many"])
-def test_invalid_numbers_are_one_line(flag, value, tiny):
-    assert_user_error(call("hellaswag", *tiny[1], flag, value), flag, value)
+def test_an_invalid_batch_size_is_one_line(value, tiny):
+    assert_user_error(call("hellaswag", *tiny[1], "--batch_size", value), "--batch_size", value)
 
 
 # ------------------------------------------------------------------------------------- download
 @pytest.fixture
 def download(tmp_path, hub, monkeypatch):
-    """Let the Hub have the validation set (10,042 examples). Returns the flags to use it."""
+    """Let the Hub have a validation set. Returns the flags to use it."""
     monkeypatch.chdir(tmp_path)
     make_model("model")
-    examples = [{**GOOD, "ind": i, "label": i % 4} for i in range(10042)]
+    examples = [{**GOOD, "ind": i, "label": i % 4} for i in range(50)]
     content = write_parquet(tmp_path / "hub.parquet", examples).read_bytes()
     hub.files[REPOSITORY] = {"README.md": b"hello", HUB_NAME: content}
     return ["--model", "model", "--device", "cpu", "--limit", 5, "--output", "out.json"]
@@ -452,19 +419,15 @@ def test_the_validation_set_is_downloaded_once(hub, download):
         assert file.read() == hub.files[REPOSITORY][HUB_NAME]
 
 
-@pytest.mark.parametrize("trouble", ["damaged", "truncated", 404, "offline", "no validation set"])
+@pytest.mark.parametrize("trouble", ["damaged", 404, "offline"])
 def test_a_failed_download_leaves_nothing_and_the_next_one_works(trouble, tmp_path, hub, download, monkeypatch):
-    content = hub.files[REPOSITORY][HUB_NAME]
     with monkeypatch.context() as patch:
         if trouble == "offline":
             patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        elif trouble == "no validation set":
-            del hub.files[REPOSITORY][HUB_NAME]
         else:
             hub.trouble = [("GET", trouble)]
         assert_user_error(call("hellaswag", *download), REPOSITORY, "--data")
     assert list((tmp_path / "hellaswag").glob("*")) == []
-    hub.files[REPOSITORY][HUB_NAME] = content
     assert call("hellaswag", *download).returncode == 0
 
 

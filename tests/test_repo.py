@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, call, load
+from conftest import ROOT, SCRIPTS, call, load, random_gpt2
 
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 BENCHMARKS = [name for name in BENCHMARKS if name not in ("common", "bfloat16_residual")]  # have no flags of their own
@@ -20,7 +20,6 @@ DOCUMENTS = []
 for folder in (".", "docs", "docs/lessons", "benchmarks", "tests"):
     DOCUMENTS += sorted((ROOT / folder).glob("*.md"))
 BLOCK = r"^# --- copied block: (\S+) ---\n(.*?)^# --- end of copied block: (\S+) ---\n"
-every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def source_of(script):
@@ -152,6 +151,25 @@ def test_help_explains_every_flag(name, parse):
         assert action.help, action.option_strings
     text = parser.format_help()  # also finds a stray percent sign
     assert "python " in text
+
+
+COMPUTE = {
+    "gpt": "--input input.txt --preset cpu --max_steps 1 --eval_iters 1 --max_new_tokens 1",
+    "hellaswag": "--model model --data examples.jsonl",
+    "sample": "--model model",
+}
+
+
+@pytest.mark.parametrize("script", COMPUTE)
+def test_the_flag_device_counts(script, tmp_path, text_file, monkeypatch):
+    """Tensors on PyTorch's device meta have a shape, but no values: no script can end there."""
+    monkeypatch.chdir(tmp_path)
+    random_gpt2("model")
+    shutil.copy(text_file, "input.txt")
+    example = {"ind": 5, "label": 1, "ctx": "a", "endings": ["b", "c", "d", "e"]}
+    (tmp_path / "examples.jsonl").write_text(json.dumps(example))
+    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
+        call(script, *COMPUTE[script].split(), "--device", "meta")
 
 
 # python PROGRAM.py or torchrun [flags] PROGRAM.py, perhaps after variables or a time limit
