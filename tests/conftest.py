@@ -155,13 +155,6 @@ def run(script, *args, env=None, cwd=None):
     return subprocess.run(line, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-def torchrun(n, script, *args, cwd=None):
-    """Run a script in n processes on this machine. Returns torchrun's CompletedProcess."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    line += command(script, *args)[1:]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=100)
-
-
 # --------------------------------------------------------------------- runs in forked processes
 class Run:
     """A run of a script in one forked process for each rank.
@@ -304,9 +297,10 @@ DAMAGES = {"missing": Path.unlink, "truncated": truncate, "one bit": flip_bit}
 
 
 def edit_json(path, **changes):
-    """Change fields of a JSON file."""
-    content = json.loads(Path(path).read_text())
-    Path(path).write_text(json.dumps({**content, **changes}))
+    """Change fields of a JSON file. None deletes a field."""
+    content = {**json.loads(Path(path).read_text()), **changes}
+    content = {name: value for name, value in content.items() if value is not None}
+    Path(path).write_text(json.dumps(content))
 
 
 def names_in(directory, prefix=""):

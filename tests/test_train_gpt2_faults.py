@@ -203,6 +203,20 @@ def test_a_run_continues_on_another_number_of_ranks(byte_shards, tmp_path, whole
         assert losses(log_dir, kind) == pytest.approx(expected, abs=tolerance)
 
 
+def test_ranks_wait_an_hour_for_a_checkpoint_on_a_slow_disk(byte_shards, tmp_path, whole):
+    def before(rank):
+        init_process_group = torch.distributed.init_process_group
+
+        def check(backend, timeout, **options):
+            assert timeout.total_seconds() >= 3600
+            init_process_group(backend, timeout=timeout, **options)
+
+        torch.distributed.init_process_group = check
+
+    line = [byte_shards, tmp_path / "log", *TWO_RANKS]
+    assert statuses(*line, ranks=2, before=before) == [0, 0]
+
+
 def test_a_signal_to_one_rank_ends_an_evaluation_on_both(byte_shards, tmp_path, whole):
     """The resumed run repeats the evaluation at step 2."""
 
