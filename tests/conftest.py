@@ -65,6 +65,7 @@ TINY_FLAGS = {
     "checkpoint_interval": 100,
     "log_interval": 1,
     "prompt": "KING",
+    "max_new_tokens": 8,
     "device": "cpu",
 }
 

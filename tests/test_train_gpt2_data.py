@@ -310,10 +310,6 @@ def test_a_data_set_that_cannot_be_used_is_refused(random_shards, damage):
     assert_refused(random_shards, random_shards, needle)
 
 
-def test_a_missing_directory_is_refused_with_two_scripts_that_create_one(tmp_path):
-    assert_refused(tmp_path / "nowhere", tmp_path / "nowhere", "prepare_shakespeare.py", "fineweb.py")
-
-
 def test_an_unfinished_directory_of_fineweb_is_refused(random_shards):
     """It has shards, but no meta.json, which is written last: it could be taken for another project's."""
     (random_shards / "meta.json").unlink()
