@@ -105,7 +105,6 @@ def call(script, *args):
     if module.__name__ == "train_gpt2":  # its errors are reported by a function around main()
         main = partial(module.run, main)
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    environment = dict(os.environ)
     names = ["SIGTERM", "SIGINT", "SIGUSR1"]
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -116,6 +115,7 @@ def call(script, *args):
             contextlib.redirect_stderr(err),
             mock.patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, args)]),
             mock.patch.object(os, "_exit", sys.exit),  # a rank ends so
+            mock.patch.dict(os.environ),  # restores it
         ):
             main()
     except SystemExit as stop:
@@ -124,8 +124,6 @@ def call(script, *args):
             err.write(f"{status}\n")
             status = 1
     finally:
-        os.environ.clear()
-        os.environ.update(environment)
         for number, handler in handlers.items():  # so that Ctrl-C still ends the tests
             signal.signal(number, handler)
     texts = []
