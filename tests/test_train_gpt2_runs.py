@@ -260,7 +260,7 @@ def count_graphs(path):
 
     def before(rank):
         def compile_forward(graph, inputs):
-            if len(inputs) > 10:
+            if len(inputs) > 1:
                 with open(f"{path}_{rank}", "a") as file:
                     file.write("graph\n")
             return make_boxed_func(graph.forward)
@@ -459,6 +459,7 @@ DIFFICULT_TEXTS = [
 ]
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("text", DIFFICULT_TEXTS)
 def test_a_checkpoint_of_a_byte_model_contains_its_tokenizer(one_run, text):
     tokenizer = transformers.AutoTokenizer.from_pretrained(one_run[1] / "step_000005")
@@ -467,6 +468,7 @@ def test_a_checkpoint_of_a_byte_model_contains_its_tokenizer(one_run, text):
     assert tokenizer.decode([*text.encode()]) == text
 
 
+@pytest.mark.gpt2
 def test_a_run_on_gpt2_tokens_starts_at_10_82_and_saves_gpt2s_tokenizer(tiny_shakespeare, tiktoken_cache, tmp_path):
     flags = ["--input", tiny_shakespeare, "--tokenizer", "gpt2", "--out_dir", tmp_path / "data"]
     assert call("prepare_shakespeare", *flags).returncode == 0
@@ -626,17 +628,6 @@ def test_fine_tuning_resumes_to_the_same_bytes(pretrained, byte_shards, tmp_path
     remove_checkpoint(tmp_path / "log")
     fine_tune(pretrained[0], byte_shards, tmp_path / "log", "--resume", *flags)
     assert weights(tmp_path / "log") == weights(tmp_path / "whole")
-
-
-def test_fine_tuning_from_a_run_takes_its_newest_checkpoint(one_run, byte_shards, tmp_path):
-    """The newest checkpoint has the largest step. Alphabetical order is different."""
-    shutil.copytree(one_run[1], tmp_path / "run")
-    for old_name, new_name in (("step_000005", "step_1000000"), ("step_000002", "step_999999")):
-        (tmp_path / "run" / old_name).rename(tmp_path / "run" / new_name)
-    fine_tune(tmp_path / "run", byte_shards, tmp_path / "log", "--seed", 7)
-    val = losses(one_run[1], "val")
-    assert losses(tmp_path / "log", "val")[0] == val[5]
-    assert len(set(val.values())) == 4
 
 
 @pytest.mark.parametrize("model", ["log", "log/step_000005"])
