@@ -1,6 +1,7 @@
 """Mistakes that people make, for all scripts.
 
-Each ends with one line on stderr that says what is wrong and what to do, and writes nothing.
+Each ends with one line on stderr that says what is wrong and what to do, and writes nothing. Models and data sets that
+cannot be used are in test_train_gpt2_model.py and test_train_gpt2_data.py.
 """
 
 import json
@@ -19,7 +20,6 @@ from conftest import (
     Run,
     assert_user_error,
     call,
-    edit_json,
     random_gpt2,
     replace_tokens,
     tiny_flags,
@@ -79,8 +79,6 @@ MISTAKES = [  # script, flags, words that the line contains
     ("sample", "--model nowhere/model", "nowhere/model"),
     ("sample", "--model model/model.safetensors", "model/model.safetensors"),
     ("sample", "--model empty", "empty config.json"),
-    ("sample", "--model llama", "llama model_type"),
-    ("sample", "--model pickled", "pickled"),
     ("sample", "--model gpt2", "gpt2"),
     ("sample", "--model model --device abacus", "--device abacus"),
     ("sample", "--model model --num_samples 0", "--num_samples 0"),
@@ -95,7 +93,6 @@ MISTAKES = [  # script, flags, words that the line contains
     ("plot", "run --tokens_per_step 0", "--tokens_per_step 0"),
     ("train_gpt2", "--data_dir nowhere", "nowhere prepare_shakespeare.py fineweb.py"),
     ("train_gpt2", "--data_dir empty", "empty"),
-    ("train_gpt2", "--data_dir no_val", "no_val val"),
     ("train_gpt2", f"{SHAPE} --block_size 4096 --total_batch_size 32768", "--block_size 4096"),
     ("train_gpt2", f"{SHAPE} --total_batch_size 100", "--total_batch_size 100 --micro_batch_size --block_size 16"),
     ("train_gpt2", f"{SHAPE} --total_batch_size 192 --micro_batch_size 8", "--total_batch_size 192 8"),
@@ -131,8 +128,6 @@ MISTAKES = [  # script, flags, words that the line contains
     ("train_gpt2", f"{RESUME} --data_dir other_data", "--data_dir"),
     ("train_gpt2", f"{FROM_MODEL} nowhere/model", "nowhere/model"),
     ("train_gpt2", f"{FROM_MODEL} empty", "empty config.json"),
-    ("train_gpt2", f"{FROM_MODEL} llama", "llama"),
-    ("train_gpt2", f"{FROM_MODEL} wider", "wider"),
     ("train_gpt2", f"{FROM_MODEL} gpt2", "gpt2"),
     ("train_gpt2", f"{FROM_MODEL} model --n_layer 3", "--n_layer 3 1"),
     ("train_gpt2", f"{FROM_MODEL} model --block_size 32 --total_batch_size 256", "16 --block_size"),
@@ -146,10 +141,9 @@ EXAMPLE = {"ind": 5, "label": 1, "ctx": "a", "endings": ["b", "c", "d", "e"]}
 def folder(byte_shards, text_file, tmp_path_factory):
     """A directory with data, models, a run, and files that cannot be used."""
     folder = tmp_path_factory.mktemp("folder")
-    for name in ("empty", "empty_log", "llama"):
+    for name in ("empty", "empty_log"):
         (folder / name).mkdir()
     (folder / "empty_log" / "log.txt").touch()
-    (folder / "llama" / "config.json").write_text('{"model_type": "llama"}')
     (folder / "empty.txt").touch()
     (folder / "short.txt").write_text("a")
     (folder / "text.txt").write_text(text_file.read_text())
@@ -160,16 +154,12 @@ def folder(byte_shards, text_file, tmp_path_factory):
     content = (folder / "texts.parquet").read_bytes()
     (folder / "broken.parquet").write_bytes(content[: len(content) // 2])
 
-    for name in ("model", "pickled", "wider"):
-        random_gpt2(folder / name, n_positions=16, n_layer=1, n_head=1, n_embd=8)
-    (folder / "pickled" / "model.safetensors").rename(folder / "pickled" / "pytorch_model.bin")
-    edit_json(folder / "wider" / "config.json", n_embd=16)
+    random_gpt2(folder / "model", n_positions=16, n_layer=1, n_head=1, n_embd=8)
     random_gpt2(folder / "gpt2_model", vocab_size=50257, n_positions=16, n_layer=1, n_head=1, n_embd=8)
 
     shutil.copytree(byte_shards, folder / "data")
     shutil.copytree(byte_shards, folder / "other_data")
     replace_tokens(folder / "other_data" / "excerpt_train_000000.npy")
-    shutil.copytree(byte_shards, folder / "no_val", ignore=shutil.ignore_patterns("meta.json", "*_val_*"))
     done = call("train_gpt2", *TINY, "--data_dir", folder / "data", "--log_dir", folder / "run")
     assert done.returncode == 0, done.stderr
     return folder
