@@ -135,7 +135,7 @@ def assert_same_run(log_dir, expected, step=5):
 
 
 # -------------------------------------------------------------------------------- interruptions
-STOPS = {  # (what happens, exit status, step that is saved)
+STOPS = {  # (what happens, exit status, step that is saved, if any)
     "SIGTERM": (at_step(2, send("SIGTERM")), 0, 3),
     "SIGINT": (at_step(2, send("SIGINT")), 0, 3),
     "SIGUSR1": (at_step(2, send("SIGUSR1")), 0, 3),
@@ -144,6 +144,7 @@ STOPS = {  # (what happens, exit status, step that is saved)
     "Ctrl-C twice at once": (at_step(2, send("SIGINT", "SIGINT")), 0, 3),
     "Ctrl-C after SIGTERM": (at_step(2, send("SIGTERM", "SIGINT")), 0, 3),
     "SIGKILL": (at_step(3, send("SIGKILL")), -signal.SIGKILL, 2),
+    "SIGKILL in the first step": (at_step(0, send("SIGKILL")), -signal.SIGKILL, None),
     # the third one comes more than a second after the first
     "Ctrl-C again": (at_step(3, send(*3 * ["SIGINT"])), -signal.SIGINT, 2),
 }
@@ -157,7 +158,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(byte_shards, tmp_path, whol
     assert (done.returncode, done.stderr) == (status, "")
     if status == 0:
         assert f"step {saved_step}" in done.stdout.splitlines()[-1]
-    assert names_in(log_dir, "step_")[-1] == f"step_{saved_step:06d}"
+    assert names_in(log_dir, "step_")[-1:] == ([f"step_{saved_step:06d}"] if saved_step else [])
     succeed(byte_shards, log_dir, *FLAGS, "--resume")
     assert_same_run(log_dir, whole)
 
@@ -264,7 +265,7 @@ def test_a_run_may_die_before_any_change_of_the_disk(stopped, tmp_path, whole):
 @pytest.mark.parametrize("seed", range(int(os.environ.get("RANDOM_KILLS", "1"))))
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(byte_shards, tmp_path, whole, ranks, seed):
     """The machine fails three times. RANDOM_KILLS=50 repeats this 50 times."""
-    flags = [*FLAGS, *THREE_RANKS, "--max_steps", 60]
+    flags = [*FLAGS, *THREE_RANKS, "--max_steps", 40]
     started = time.monotonic()
     assert statuses(byte_shards, tmp_path / "whole", *flags, ranks=ranks) == [0] * ranks
     duration = time.monotonic() - started
@@ -277,7 +278,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(byte_shards, tm
             process.kill()
         run.wait()
     assert statuses(*line, ranks=ranks) == [0] * ranks
-    assert_same_run(tmp_path / "log", tmp_path / "whole", step=60)
+    assert_same_run(tmp_path / "log", tmp_path / "whole", step=40)
 
 
 @pytest.mark.parametrize("length", [4, 1000], ids=["for a while", "to the end"])
@@ -645,22 +646,6 @@ def test_running_out_of_memory_is_one_line(byte_shards, tmp_path, whole, error):
 
     done = train(byte_shards, tmp_path / "log", before=at_loss(2, no_memory))
     assert_user_error(done, "out of memory", "--micro_batch_size")
-
-
-def test_running_out_of_memory_while_loading_is_not_damage(stopped, whole):
-    """The checkpoint before would need as much memory, and steps would be lost."""
-    data_dir, log_dir = stopped
-
-    def before(rank):
-        def no_memory(*args):
-            raise MemoryError
-
-        torch.optim.AdamW.load_state_dict = no_memory
-
-    line = [data_dir, log_dir, *FLAGS, "--resume"]
-    assert_user_error(train(*line, before=before), "out of memory")
-    succeed(*line)
-    assert_same_run(log_dir, whole)
 
 
 def test_a_file_system_without_locks_gives_one_warning(byte_shards, tmp_path, whole):
