@@ -131,7 +131,6 @@ MISTAKES = [  # script, flags, words that the line contains
     ("train_gpt2", f"{FROM_MODEL} gpt2", "gpt2"),
     ("train_gpt2", f"{FROM_MODEL} model --n_layer 3", "--n_layer 3 1"),
     ("train_gpt2", f"{FROM_MODEL} model --block_size 32 --total_batch_size 256", "16 --block_size"),
-    ("train_gpt2", f"{FROM_MODEL} gpt2_model", "gpt2_model data gpt2 bytes"),
 ]
 
 EXAMPLE = {"ind": 5, "label": 1, "ctx": "a", "endings": ["b", "c", "d", "e"]}
@@ -185,6 +184,13 @@ def test_a_mistake_is_one_line(script, flags, words, folder, tmp_path, monkeypat
     assert_user_error(done, *words.split(), statuses=statuses)
     assert "loss" not in done.stdout, "the mistake was found after slow work"
     assert files_in(folder) == before
+
+
+@pytest.mark.gpt2
+def test_a_model_with_another_tokenizer_than_the_data_is_refused(folder, tmp_path):
+    flags = [*NO_SHAPE, "--init_from", folder / "gpt2_model", "--data_dir", folder / "data"]
+    done = call("train_gpt2", *flags, "--log_dir", tmp_path / "log")
+    assert_user_error(done, folder / "gpt2_model", folder / "data", "gpt2", "bytes")
 
 
 # --------------------------------------------------------------------- mistakes of an environment
