@@ -43,7 +43,6 @@ from conftest import (
     read_log,
     replace_tokens,
     reproducible,
-    run,
     send,
     sign,
     truncate,
@@ -168,8 +167,7 @@ def test_the_command_that_a_stopped_run_prints_continues_it(byte_shards, tmp_pat
     done = train(byte_shards, tmp_path / "log", *FLAGS, before=at_step(2, send("SIGTERM")))
     python, script, *flags = shlex.split(done.stdout.splitlines()[-1].partition("continue with ")[2])
     assert python == "python" and "--resume" in flags and "--n_layer" not in flags
-    # the script of a forked run is bytecode
-    done = run("train_gpt2", *flags)
+    [done] = Run(*flags).wait()
     assert (done.returncode, done.stderr) == (0, "")
     assert_same_run(tmp_path / "log", whole)
 
