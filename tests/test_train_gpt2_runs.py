@@ -364,7 +364,7 @@ def test_eval_only_prints_the_loss_of_a_checkpoint_and_writes_nothing(one_run, b
 
 
 # ---------------------------------------------------------------------------------------- dtypes
-TWENTY_STEPS = {"max_steps": 20, "learning_rate": 1e-2, "checkpoint_interval": 19, "eval_interval": 20}
+TWENTY_STEPS = {"max_steps": 20, "learning_rate": 3e-3, "checkpoint_interval": 19, "eval_interval": 20}
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +387,7 @@ def grow_scale_often(monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_matches_float32(run_in_dtype, dtype):
     actual, expected = losses(run_in_dtype[dtype]), losses(run_in_dtype["float32"])
-    assert len(expected) == 20 and expected[19] < expected[0] - 1
+    assert len(expected) == 20 and expected[19] < expected[0] - 0.5
     assert actual == pytest.approx(expected, abs=0.02)
     assert actual != expected
 
