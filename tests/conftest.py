@@ -65,6 +65,7 @@ TINY_FLAGS = {
     "checkpoint_interval": 100,
     "log_interval": 1,
     "prompt": "KING",
+    "max_new_tokens": 8,
     "device": "cpu",
 }
 
@@ -104,7 +105,6 @@ def call(script, *args):
     if module.__name__ == "train_gpt2":  # its errors are reported by a function around main()
         main = partial(module.run, main)
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    environment = dict(os.environ)
     names = ["SIGTERM", "SIGINT", "SIGUSR1"]
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -115,6 +115,7 @@ def call(script, *args):
             contextlib.redirect_stderr(err),
             mock.patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, args)]),
             mock.patch.object(os, "_exit", sys.exit),  # a rank ends so
+            mock.patch.dict(os.environ),  # restores it
         ):
             main()
     except SystemExit as stop:
@@ -123,8 +124,6 @@ def call(script, *args):
             err.write(f"{status}\n")
             status = 1
     finally:
-        os.environ.clear()
-        os.environ.update(environment)
         for number, handler in handlers.items():  # so that Ctrl-C still ends the tests
             signal.signal(number, handler)
     texts = []
@@ -153,13 +152,6 @@ def run(script, *args, env=None, cwd=None):
     environment = {**os.environ, **(env or {})}
     line = command(script, *args)
     return subprocess.run(line, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
-def torchrun(n, script, *args, cwd=None):
-    """Run a script in n processes on this machine. Returns torchrun's CompletedProcess."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    line += command(script, *args)[1:]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=100)
 
 
 # --------------------------------------------------------------------- runs in forked processes
@@ -304,9 +296,10 @@ DAMAGES = {"missing": Path.unlink, "truncated": truncate, "one bit": flip_bit}
 
 
 def edit_json(path, **changes):
-    """Change fields of a JSON file."""
-    content = json.loads(Path(path).read_text())
-    Path(path).write_text(json.dumps({**content, **changes}))
+    """Change fields of a JSON file. None deletes a field."""
+    content = {**json.loads(Path(path).read_text()), **changes}
+    content = {name: value for name, value in content.items() if value is not None}
+    Path(path).write_text(json.dumps(content))
 
 
 def names_in(directory, prefix=""):

@@ -1,8 +1,8 @@
 """train_gpt2.py's data: windows and their order, directories of other projects, what is refused, damaged shards."""
 
 import json
-import os
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,10 +11,12 @@ from conftest import (
     TINY,
     assert_user_error,
     call,
+    edit_json,
     load,
     losses,
     read_windows,
     tiny_flags,
+    truncate,
     write_bin,
     write_data_set,
     write_npy,
@@ -56,13 +58,10 @@ def all_windows(directory, block_size):
     return windows
 
 
-def change_meta(directory, **changes):
-    """Change fields of meta.json; the function of a field gets its old value, and None deletes a field."""
-    meta = json.loads((directory / "meta.json").read_text())
-    for name, change in changes.items():
-        meta[name] = change(meta[name]) if callable(change) else change
-    meta = {name: value for name, value in meta.items() if value is not None}
-    (directory / "meta.json").write_text(json.dumps(meta))
+def edit_shards(directory, change):
+    """Replace the list of shards in meta.json by change(shards)."""
+    path = directory / "meta.json"
+    edit_json(path, shards=change(json.loads(path.read_text())["shards"]))
 
 
 def change_token(path, place, token):
@@ -85,13 +84,7 @@ def test_an_epoch_contains_each_window_once(tmp_path, sizes, block_size):
         assert sorted(epoch_rows(directory, epoch, block_size=block_size)) == expected
 
 
-def test_splits_do_not_mix(tmp_path):
-    directory = write_data_set(tmp_path, [range(100)], [range(300, 400)], GPT2_VOCAB)
-    assert np.max(rows(open_dataset(directory), range(6))) < 100
-    assert np.min(rows(open_dataset(directory, split="val"), range(6))) >= 300
-
-
-@pytest.mark.parametrize("micro_batch_size", [1, 4, 12])
+@pytest.mark.parametrize("micro_batch_size", [4, 12])
 def test_each_step_trains_on_the_next_windows_whatever_the_micro_batch(tmp_path, micro_batch_size):
     """12 windows per step, and two steps are an epoch. The inputs are what the token embedding is given."""
     inputs = []
@@ -129,7 +122,7 @@ def test_the_order_follows_from_the_seed_the_epoch_and_the_shard(tmp_path):
 def test_file_order_is_the_order_of_the_names_whatever_meta_json_says(tmp_path):
     directory = write_data_set(tmp_path, unique_shards(50, 50, 50), [range(50)], GPT2_VOCAB)
     expected = epoch_rows(directory, 0, shuffle=False), epoch_rows(directory, 0)
-    change_meta(directory, shards=lambda shards: shards[::-1])
+    edit_shards(directory, lambda shards: shards[::-1])
     assert (epoch_rows(directory, 0, shuffle=False), epoch_rows(directory, 0)) == expected
 
 
@@ -240,16 +233,12 @@ def test_the_fingerprint_changes_with_the_tokens(random_shards, tmp_path, has_me
     assert fingerprint(directory) != before
 
 
-def test_the_fingerprint_changes_with_checksums_and_names(random_shards):
-    fingerprints = {fingerprint(random_shards)}
-    change_meta(
-        random_shards, shards=lambda shards: [{**shard, "sha256": f"{i:064x}"} for i, shard in enumerate(shards)]
-    )
-    fingerprints.add(fingerprint(random_shards))
+def test_the_fingerprint_changes_with_the_name_of_a_shard(random_shards):
+    """The names decide the order of the tokens. test_train_gpt2_faults.py changes a checksum."""
+    before = fingerprint(random_shards)
     (random_shards / TRAIN_0).rename(random_shards / "tiny_train_000002.npy")
-    change_meta(random_shards, shards=lambda shards: [{**shards[0], "file": "tiny_train_000002.npy"}, *shards[1:]])
-    fingerprints.add(fingerprint(random_shards))
-    assert len(fingerprints) == 3
+    edit_shards(random_shards, lambda shards: [{**shards[0], "file": "tiny_train_000002.npy"}, *shards[1:]])
+    assert fingerprint(random_shards) != before
 
 
 # ------------------------------------------------------------------------ directories that are refused
@@ -262,10 +251,6 @@ def assert_refused(directory, *needles, flags=()):
 def edit(name, change):
     """Return a function that changes a file of a directory with change(path)."""
     return lambda directory: change(directory / name)
-
-
-def truncate(path):
-    os.truncate(path, path.stat().st_size - 64)
 
 
 def remove_split(split):
@@ -282,7 +267,7 @@ def move_outside(directory):
     """Let meta.json name training shards that are outside of the directory."""
     (directory / TRAIN_0).rename(directory.parent / TRAIN_0)
     (directory / TRAIN_1).rename(directory.parent / TRAIN_1)
-    change_meta(directory, shards=lambda shards: [{**shard, "file": f"../{shard['file']}"} for shard in shards])
+    edit_shards(directory, lambda shards: [{**shard, "file": f"../{shard['file']}"} for shard in shards])
 
 
 def replace_by_bin(*header):
@@ -305,17 +290,13 @@ DAMAGES = {
         "--block_size",
         edit(VAL, lambda path: write_data_set(path.parent, [range(99)], [range(16)])),
     ),
-    "text as meta.json": ("", edit("meta.json", lambda path: path.write_text("{"))),
-    "another tokenizer": ("words", lambda directory: change_meta(directory, tokenizer="words")),
-    "no list of shards": ("shards", lambda directory: change_meta(directory, shards=None)),
+    "another tokenizer": ("words", edit("meta.json", partial(edit_json, tokenizer="words"))),
     "names outside of the directory": ("train", move_outside),
-    "a missing shard": (TRAIN_1, edit(TRAIN_1, lambda path: path.unlink())),
     "another length than meta.json says": (TRAIN_1, edit(TRAIN_1, lambda path: write_npy(path, range(99)))),
     "a truncated shard": (TRAIN_1, edit(TRAIN_1, truncate)),
     "an empty shard": (VAL, edit(VAL, lambda path: path.write_bytes(b""))),
     "text as a shard": (TRAIN_0, edit(TRAIN_0, lambda path: path.write_text("First Citizen:\n" * 200))),
     "int64 tokens": (TRAIN_0, edit(TRAIN_0, lambda path: np.save(path, np.arange(700)))),
-    "two dimensions": (TRAIN_0, edit(TRAIN_0, lambda path: np.save(path, np.zeros((70, 10), np.uint16)))),
     "pickled objects": (TRAIN_0, edit(TRAIN_0, lambda path: np.save(path, np.array([{}] * 700), allow_pickle=True))),
     "another magic number": ("tiny_train_000001.bin", replace_by_bin(20240801, 1, 288)),
     "fewer tokens than the header says": ("tiny_train_000001.bin", replace_by_bin(20240520, 1, 2**30)),
@@ -329,10 +310,6 @@ def test_a_data_set_that_cannot_be_used_is_refused(random_shards, damage):
     assert_refused(random_shards, random_shards, needle)
 
 
-def test_a_missing_directory_is_refused_with_two_scripts_that_create_one(tmp_path):
-    assert_refused(tmp_path / "nowhere", tmp_path / "nowhere", "prepare_shakespeare.py", "fineweb.py")
-
-
 def test_an_unfinished_directory_of_fineweb_is_refused(random_shards):
     """It has shards, but no meta.json, which is written last: it could be taken for another project's."""
     (random_shards / "meta.json").unlink()
@@ -340,33 +317,17 @@ def test_an_unfinished_directory_of_fineweb_is_refused(random_shards):
     assert_refused(random_shards, random_shards, "fineweb.py")
 
 
-@pytest.mark.parametrize("name, place", [(TRAIN_0, 0), (TRAIN_1, 320), (VAL, 96)])
+@pytest.mark.parametrize("name, place", [(TRAIN_1, 320), (VAL, 96)])
 def test_a_token_beyond_the_vocabulary_is_refused(random_shards, name, place):
     change_token(random_shards / name, place, 257)
     assert_refused(random_shards, random_shards / name, 257, flags=["--max_steps", 9, "--val_tokens", 99])
 
 
-# --------------------------------------------------------------------- shards that change during a run
-def test_a_shard_that_does_not_match_its_checksum_is_found_at_its_first_use(random_shards):
-    def add_checksums(shards):
-        return [{**shard, "sha256": train_gpt2.sha256_of(random_shards / shard["file"])} for shard in shards]
-
-    change_meta(random_shards, shards=add_checksums)
-    change_token(random_shards / TRAIN_1, 5, (np.load(random_shards / TRAIN_1)[5] + 1) % 256)
-    dataset = open_dataset(random_shards, shuffle=False)
-    rows(dataset, range(699 // 16))
-    with pytest.raises(Exception, match=TRAIN_1):
-        dataset.batch([699 // 16])
-
-
-@pytest.mark.parametrize("change", ["shorter", "gone"])
-def test_a_shard_that_changed_is_found_when_it_is_opened_again(tmp_path, change):
+def test_a_shard_that_changed_is_found_when_it_is_opened_again(tmp_path):
     """With more than 16 shards, those that were not used for long are closed."""
     directory = write_data_set(tmp_path, unique_shards(*[33] * 20), [range(50)], GPT2_VOCAB)
     dataset = open_dataset(directory, shuffle=False)
     rows(dataset, range(dataset.num_windows))
-    (directory / TRAIN_0).unlink()
-    if change == "shorter":
-        write_npy(directory / TRAIN_0, range(17))
+    write_npy(directory / TRAIN_0, range(17))
     with pytest.raises(Exception, match=TRAIN_0):
         dataset.batch([0])

@@ -1,12 +1,11 @@
-"""The models of train_gpt2.py, sample.py and hellaswag.py against transformers, and train_gpt2.py's optimizers.
+"""The model and the optimizers of train_gpt2.py, and the directories from which it and sample.py load models.
 
-All three scripts load models with the same copied block, so the tests of loading run over all of them. Comparisons
-run on the CPU and, on a machine with a GPU, also there (-m gpu). Tests with the mark gpt2 hold for GPT-2's
-architecture only; the others must hold after a change of the model, too.
+hellaswag.py loads them with the same copied block as sample.py. Comparisons run on the CPU and, on a machine with a
+GPU, also there (-m gpu). Tests with the mark gpt2 hold for GPT-2's architecture only; the others must hold after a
+change of the model, too.
 """
 
 import contextlib
-import inspect
 import json
 import math
 from functools import partial
@@ -18,7 +17,18 @@ import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 import transformers
-from conftest import assert_user_error, call, load, losses, random_gpt2, read_log, tiny_flags, write_data_set
+from conftest import (
+    NO_SHAPE,
+    assert_user_error,
+    call,
+    edit_json,
+    load,
+    random_gpt2,
+    read_log,
+    tiny_flags,
+    truncate,
+    write_data_set,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -31,15 +41,14 @@ GPTConfig = train_gpt2.GPTConfig
 gpt2 = pytest.mark.gpt2
 SHAPES = {
     "bytes": {"vocab_size": 257, "n_positions": 20, "n_layer": 2, "n_head": 2, "n_embd": 32},
-    "gpt2 tokens": {"vocab_size": 50257, "n_positions": 16, "n_layer": 1, "n_head": 4, "n_embd": 16},
-    "one head": {"vocab_size": 257, "n_positions": 9, "n_layer": 3, "n_head": 1, "n_embd": 24},
+    "gpt2 tokens": {"vocab_size": 50257, "n_positions": 16, "n_layer": 1, "n_head": 1, "n_embd": 16},
     "deep": {"vocab_size": 257, "n_positions": 32, "n_layer": 4, "n_head": 3, "n_embd": 48},
 }
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
     SHAPES["124M"] = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
-# largest relative difference of logits and losses; the weights of sample.py and hellaswag.py are in the dtype
+# largest relative difference of logits and losses
 TOLERANCES = {
     ("cpu", "float32"): 1e-5,
     ("cpu", "bfloat16"): 4e-2,
@@ -50,15 +59,13 @@ TOLERANCES = {
 }
 DTYPES = ["float32", "bfloat16", "float16"]
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out) by transformers
-CPU = torch.device("cpu")
 
-for_all_scripts = pytest.mark.parametrize("script", ["train_gpt2", "sample", "hellaswag"])
-both_optimizers = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+both_scripts = pytest.mark.parametrize("script", ["train_gpt2", "sample"])
 
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """The CPU and, if there is one, a GPU. float32 is exact there too: some scripts switch TF32 on."""
+    """The CPU and, if there is one, a GPU. float32 is exact there too: training switches TF32 on."""
     torch.set_float32_matmul_precision("highest")
     return request.param
 
@@ -68,8 +75,6 @@ def shape(request, device):
     """A shape of GPT-2 with the words of transformers."""
     if request.param == "124M" and device == "cpu":
         pytest.skip("too slow on a CPU")
-    if SHAPES[request.param]["vocab_size"] == 50257:
-        request.getfixturevalue("tiktoken_cache")
     return SHAPES[request.param]
 
 
@@ -119,79 +124,32 @@ def autocast(device, dtype):
 
 
 # -------------------------------------------------------------------- the same as transformers
-def compare_trainer(directory, theirs, device, dtype):
-    """Return the relative difference of the logits of two sequences of full length, under autocast."""
-    ours = GPT.from_pretrained(str(directory)).to(device).eval()
-    vocab_size = ours.config.vocab_size
-    idx = torch.randint(vocab_size, (2, ours.config.block_size)).to(device)
-    with torch.no_grad(), autocast(device, dtype):
-        logits, loss = ours(idx)
-        assert loss is None
-        return relative_difference(logits, theirs.to(device)(idx).logits[..., :vocab_size])
-
-
-def compare_sample(directory, theirs, device, dtype):
-    """Return the relative difference of the logits at every length, from 1 token to all positions.
-
-    The sampler takes the tokens of a fixed sequence, so that both see the same text.
-    """
+def last_logits(script, directory, idx):
+    """Return the logits of the last of the tokens idx (T,), with a model that a script loads from a directory."""
+    if script == "train_gpt2":
+        return GPT.from_pretrained(str(directory)).eval()(idx[None])[0][0, -1]
     sample = load("sample")
-    model, _, _ = sample.load_model(str(directory), torch.device(device), getattr(torch, dtype))
-    vocab_size, n_positions = model.config["vocab_size"], model.config["n_positions"]
-    idx = torch.randint(vocab_size, (2, min(n_positions, 64))).to(device)
-    logits = []
+    model, _, _ = sample.load_model(str(directory), torch.device("cpu"), torch.float32)
+    results = []
 
-    def next_token(next_logits):
-        logits.append(next_logits)
-        return idx[:, len(logits)] if len(logits) < idx.shape[1] else idx[:, 0]
+    def sampler(logits):
+        results.append(logits[0])
+        return logits.argmax(dim=-1)
 
-    idx[1, 0] = idx[0, 0]  # the prompt, which is the same for both samples
-    for _ in sample.generate(model, idx[0, :1].tolist(), 2, idx.shape[1], next_token):
-        pass
-    with torch.no_grad():
-        expected = theirs.to(device, getattr(torch, dtype))(idx).logits[..., :vocab_size]
-    return relative_difference(torch.stack(logits, dim=1), expected)
-
-
-def compare_hellaswag(directory, theirs, device, dtype):
-    """Return the relative difference of the losses of four endings that fill the positions."""
-    vocab_size, room = theirs.config.vocab_size, min(theirs.config.n_positions, 64)
-    context = "A man sits down and plays the piano."[: room // 2 - 1]
-    endings = ["".join(map(str, range(10)))[:length] for length in range(1, 5)]
-    example = {
-        "ind": 7,
-        "label": 2,
-        "ctx": context,
-        "endings": [*endings[:3], ("x y " * 64)[: room - len(context) - 1]],
-    }
-    (directory / "examples.jsonl").write_text(json.dumps(example))
-    flags = ["--model", directory, "--data", directory / "examples.jsonl", "--output", directory / "scores.json"]
-    done = call("hellaswag", *flags, "--device", device, "--dtype", dtype)
-    assert done.returncode == 0, done.stderr
-    torch.set_float32_matmul_precision("highest")
-    # the losses with transformers, one row at a time
-    tokenizer = train_gpt2.get_tokenizer("gpt2" if vocab_size == 50257 else "bytes")
-    theirs = theirs.to(device, getattr(torch, dtype))
-    context = tokenizer.encode_ordinary(context)
-    expected = []
-    for ending in example["endings"]:
-        tokens = torch.tensor(context + tokenizer.encode_ordinary(f" {ending}")).to(device)
-        with torch.no_grad():
-            logits = theirs(tokens[None]).logits[0, len(context) - 1 : -1, : tokenizer.n_vocab].float()
-        expected.append(F.cross_entropy(logits, tokens[len(context) :], reduction="sum"))
-    [prediction] = json.loads((directory / "scores.json").read_text())["predictions"]
-    return relative_difference(torch.tensor(prediction["losses"]), torch.stack(expected))
-
-
-COMPARE = {"train_gpt2": compare_trainer, "sample": compare_sample, "hellaswag": compare_hellaswag}
+    list(sample.generate(model, idx.tolist(), 1, 1, sampler))
+    return results[0]
 
 
 @gpt2
-@for_all_scripts
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_model_equals_that_of_transformers(tmp_path, script, shape, dtype, device):
-    theirs = random_reference(tmp_path, **shape)
-    assert COMPARE[script](tmp_path, theirs, device, dtype) < TOLERANCES[device, dtype]
+def test_logits_equal_those_of_transformers(tmp_path, shape, dtype, device):
+    theirs = random_reference(tmp_path, **shape).to(device)
+    ours = GPT.from_pretrained(str(tmp_path)).to(device).eval()
+    idx = torch.randint(shape["vocab_size"], (2, shape["n_positions"])).to(device)
+    with torch.no_grad(), autocast(device, dtype):
+        logits, loss = ours(idx)
+        assert loss is None
+        assert relative_difference(logits, theirs(idx).logits) < TOLERANCES[device, dtype]
 
 
 @gpt2
@@ -260,19 +218,6 @@ def test_a_checkpoint_contains_float32_weights_without_padding_and_without_a_sec
         assert file.metadata() == {"format": "pt"}
 
 
-def test_saving_and_loading_keeps_the_config_the_weights_and_the_padding(tmp_path):
-    model = GPT(tiny_config(dropout=0.25))
-    model.save_pretrained(tmp_path)
-    loaded = GPT.from_pretrained(str(tmp_path), dropout=0.25)
-    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "tokenizer"):
-        assert getattr(loaded.config, name) == getattr(model.config, name)
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, loaded.state_dict()[name]), name
-    assert loaded.wte.num_embeddings == 384
-    assert not loaded.wte.weight[257:].any()
-
-
 @gpt2
 def test_config_json_says_what_other_tools_need(tmp_path):
     GPT(tiny_config(dropout=0.25)).save_pretrained(tmp_path)
@@ -286,12 +231,9 @@ def test_config_json_says_what_other_tools_need(tmp_path):
 
 
 # ---------------------------------------------------------------------------- loading models
-def change_config(directory, **changes):
-    """Change fields of a config.json; None deletes a field."""
-    path = directory / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    config = {name: value for name, value in config.items() if value is not None}
-    path.write_text(json.dumps(config))
+def edit_config(**changes):
+    """Return a function that changes the config.json in a directory."""
+    return lambda directory: edit_json(directory / "config.json", **changes)
 
 
 def change_weights(directory, change):
@@ -351,8 +293,8 @@ LAYOUTS = {
     "the Hub's gpt2": ({}, store_as_on_the_hub),
     "a stored head": ({}, store_the_head),
     "16 bits": ({}, store_in_16_bits),
-    "missing fields": ({}, partial(change_config, activation_function=None, layer_norm_epsilon=None)),
-    "n_inner of 4 n_embd": ({}, partial(change_config, n_inner=128)),
+    "missing fields": ({}, edit_config(activation_function=None, layer_norm_epsilon=None)),
+    "n_inner of 4 n_embd": ({}, edit_config(n_inner=128)),
     "a padding token": ({"vocab_size": 258}, lambda directory: None),
     "rows up to a multiple of 128": ({"vocab_size": 384}, lambda directory: None),
     "a run": ({}, put_into_a_run),
@@ -360,28 +302,19 @@ LAYOUTS = {
 
 
 @gpt2
-@for_all_scripts
+@both_scripts
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_directory_as_people_have_it_loads(tmp_path, script, layout):
     changes, change = LAYOUTS[layout]
     theirs = random_reference(tmp_path, **changes)
     change(tmp_path)
-    assert COMPARE[script](tmp_path, theirs, "cpu", "float32") < 1e-5
+    idx = torch.randint(257, (20,))
+    expected = theirs(idx[None]).logits[0, -1, :257]
+    assert relative_difference(last_logits(script, tmp_path, idx), expected) < 1e-5
 
 
 @gpt2
-def test_a_smaller_block_size_crops_the_positions(tmp_path):
-    theirs = random_reference(tmp_path)
-    ours = GPT.from_pretrained(str(tmp_path), block_size=7, dropout=0.25).eval()
-    assert (ours.config.block_size, ours.config.dropout) == (7, 0.25)
-    assert ours.wpe.weight.shape == (7, 32)
-    idx = torch.randint(257, (2, 7))
-    assert relative_difference(ours(idx)[0], theirs(idx).logits) < 1e-5
-
-
-@gpt2
-@for_all_scripts
-def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch, script):
+def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch):
     patterns = []
 
     def snapshot_download(name, allow_patterns):
@@ -390,32 +323,13 @@ def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch, script):
 
     random_reference(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    if script == "train_gpt2":
-        GPT.from_pretrained("openai-community/gpt2")
-    else:
-        load(script).load_model("openai-community/gpt2", CPU, torch.float32)
+    GPT.from_pretrained("openai-community/gpt2")
     [(name, allow_patterns)] = patterns
     assert name == "openai-community/gpt2"
     needed = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"]
     others = ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/decoder_model.onnx"]
     kept = huggingface_hub.utils.filter_repo_objects(needed + others, allow_patterns=allow_patterns)
     assert sorted(kept) == sorted(needed)
-
-
-def assert_refused(script, name, tmp_path, *needles):
-    """Check that a script refuses a model in one line that names it and contains the needles."""
-    if script == "train_gpt2":
-        shards = write_data_set(tmp_path / "shards", [range(99)], [range(99)])
-        flags = tiny_flags(n_layer=None, n_head=None, n_embd=None)
-        done = call(script, *flags, "--init_from", name, "--data_dir", shards, "--log_dir", tmp_path / "log")
-    else:
-        done = call(script, "--model", name, "--device", "cpu")
-    assert_user_error(done, name, *needles)
-
-
-def truncate_weights(directory):
-    content = (directory / "model.safetensors").read_bytes()
-    (directory / "model.safetensors").write_bytes(content[:-1000])
 
 
 def pickle_weights(directory):
@@ -439,12 +353,12 @@ def remove_tensor(name):
 DAMAGES = {
     "no config": ("config.json", lambda directory: (directory / "config.json").unlink()),
     "text as config": ("", lambda directory: (directory / "config.json").write_text("{")),
-    "another model type": ("llama", partial(change_config, model_type="llama")),
-    "another vocabulary": ("vocab_size", partial(change_config, vocab_size=65)),
-    "other attention": ("scale_attn_weights", partial(change_config, scale_attn_weights=False)),
+    "another model type": ("llama", edit_config(model_type="llama")),
+    "another vocabulary": ("vocab_size", edit_config(vocab_size=65)),
+    "other attention": ("scale_attn_weights", edit_config(scale_attn_weights=False)),
     "pickled weights": ("", pickle_weights),
     "weights outside of the directory": ("safetensors", move_weights_outside),
-    "truncated weights": ("", truncate_weights),
+    "truncated weights": ("", lambda directory: truncate(directory / "model.safetensors")),
     "a missing tensor": ("h.0.ln_1.bias", remove_tensor("transformer.h.0.ln_1.bias")),
     "an unknown tensor": ("h.0.surprise", add_tensor("h.0.surprise", torch.zeros(3))),
     "a tensor of another shape": ("wpe.weight", add_tensor("transformer.wpe.weight", torch.zeros(20, 31))),
@@ -452,23 +366,20 @@ DAMAGES = {
 }
 
 
-@for_all_scripts
+@both_scripts
 @pytest.mark.parametrize("damage", DAMAGES)
 @gpt2
 def test_a_directory_without_a_complete_gpt2_is_refused(tmp_path, script, damage):
     needle, inflict = DAMAGES[damage]
-    random_gpt2(tmp_path / "model", **SHAPES["bytes"], n_inner=None, **GELU)
-    inflict(tmp_path / "model")
-    assert_refused(script, tmp_path / "model", tmp_path, needle)
-
-
-@for_all_scripts
-@pytest.mark.parametrize("name", ["no-such-owner/no-such-model", "../log"])
-def test_a_name_that_cannot_be_found_is_refused(tmp_path, monkeypatch, script, name):
-    """Neither here nor, without a network, on the Hub."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert_refused(script, name, tmp_path / "here")
+    directory = tmp_path / "model"
+    random_gpt2(directory, **SHAPES["bytes"], n_inner=None, **GELU)
+    inflict(directory)
+    if script == "train_gpt2":
+        data_dir = write_data_set(tmp_path / "data", [range(99)], [range(99)])
+        flags = [*NO_SHAPE, "--init_from", directory, "--data_dir", data_dir, "--log_dir", tmp_path / "log"]
+    else:
+        flags = ["--model", directory, "--device", "cpu"]
+    assert_user_error(call(script, *flags), directory, needle)
 
 
 # ----------------------------------------------------------------------------------- parameters
@@ -504,13 +415,6 @@ def test_weights_start_as_those_of_gpt2():
     assert not model.wte.weight[500:].any()
 
 
-@pytest.mark.parametrize("vocab_size", [257, 50257])
-def test_the_first_loss_is_that_of_a_blind_guess(vocab_size):
-    model = GPT(GPTConfig(vocab_size=vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=64))
-    x, y = torch.randint(vocab_size, (2, 8, 32))
-    assert model(x, y)[1].item() == pytest.approx(math.log(vocab_size), abs=0.05)
-
-
 # -------------------------------------------------------------------------------- computation
 def test_future_tokens_do_not_change_earlier_logits():
     model = randomize(GPT(tiny_config())).eval()
@@ -536,7 +440,7 @@ def test_the_loss_is_computed_in_float32_under_autocast():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("num_rows, dtype", [(1, torch.float32), (4, torch.bfloat16), (9, torch.float32)])
+@pytest.mark.parametrize("num_rows, dtype", [(4, torch.bfloat16), (5, torch.float32)])
 def test_the_loss_of_a_few_rows_at_a_time_equals_that_of_all_rows(num_rows, dtype):
     """A vocabulary of a million tokens makes chunks of four rows on a CPU."""
     logits = (4 * torch.randn(num_rows, 2**20)).to(dtype).requires_grad_()
@@ -550,29 +454,15 @@ def test_the_loss_of_a_few_rows_at_a_time_equals_that_of_all_rows(num_rows, dtyp
     torch.testing.assert_close(grad, expected_grad, rtol=rtol, atol=1e-9)
 
 
-def test_padding_rows_count_neither_in_the_loss_nor_in_the_logits():
-    model = randomize(GPT(tiny_config()))
-    idx, targets = torch.randint(257, (2, 3, 20))
-    results = []
-    for value in (0, 5):
-        with torch.no_grad():
-            model.wte.weight[257:] = value
-        results.append((model(idx, targets)[1], model(idx)[0]))
-    torch.testing.assert_close(*results)
-    assert results[0][1].shape == (3, 20, 257)
-
-
 # ----------------------------------------------------------------------------------- sampling
-@pytest.mark.parametrize("top_k", [1, 50, 10_000])
-def test_no_sampled_token_is_beyond_the_vocabulary(top_k):
+def test_no_sampled_token_is_beyond_the_vocabulary():
     model = GPT(tiny_config(vocab_size=129))
     with torch.no_grad():  # one of the padding rows would win if it were allowed to
         model.wte.weight[129], model.wte.weight[130] = 5, -5
-    idx = model.generate(torch.zeros(64, 1, dtype=torch.long), 40, torch.Generator().manual_seed(0), top_k=top_k)
+    idx = model.generate(torch.zeros(64, 1, dtype=torch.long), 40, torch.Generator().manual_seed(0), top_k=10_000)
     assert idx.shape == (64, 41)
     assert idx.max() < 129
-    if top_k == 10_000:
-        assert len(idx.unique()) > 120, "nearly all of the 129 tokens should be sampled"
+    assert len(idx.unique()) > 120, "nearly all of the 129 tokens should be sampled"
 
 
 def test_generate_samples_from_the_softmax_of_the_top_k_tokens():
@@ -613,29 +503,7 @@ def parameters_of(optimizer):
     return [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
 
 
-@both_optimizers
-def test_a_model_of_two_layers_overfits_one_batch(tmp_path, optimizer):
-    train(tmp_path, optimizer=optimizer, max_steps=150, learning_rate=1e-2, eval_interval=1000)
-    assert losses(tmp_path / "log")[149] < 0.05
-
-
-@both_optimizers
-def test_padding_rows_stay_zero_in_training(tmp_path, optimizer):
-    """Through weight decay, momentum and large steps the padding rows keep every bit of zero."""
-    embeddings = {}
-
-    def record(optimizer):
-        for parameter, _ in parameters_of(optimizer):
-            if parameter.shape == (384, 32):
-                embeddings.setdefault("before", parameter.detach().clone())
-                embeddings["after"] = parameter
-
-    train(tmp_path, record, optimizer=optimizer, max_steps=10, learning_rate=0.1, weight_decay=0.5, dropout=0.1)
-    assert (embeddings["after"] - embeddings["before"])[:257].abs().min() > 0
-    assert not embeddings["after"][257:].any()
-
-
-@both_optimizers
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_is_optimized_once_and_only_matrices_decay(tmp_path, optimizer):
     groups = {}
 
@@ -654,16 +522,15 @@ def test_every_parameter_is_optimized_once_and_only_matrices_decay(tmp_path, opt
         assert name == ("Muon" if optimizer == "muon" and is_matrix_of_a_block else "AdamW")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_gradients_are_clipped_together_to_the_given_norm(tmp_path, dtype):
-    """Also those of float16, which are scaled: the gradients are what they are when the optimizers use them."""
+def test_scaled_gradients_of_float16_are_clipped_together_to_the_given_norm(tmp_path):
+    """The gradients are what they are when the optimizers use them. test_train_gpt2_recipe.py has float32."""
     squares = []
 
     def record(optimizer):
         grads = [parameter.grad.double() for parameter, _ in parameters_of(optimizer)]
         squares.append(sum(grad.pow(2).sum().item() for grad in grads))
 
-    log = train(tmp_path, record, dtype=dtype, optimizer="muon", grad_clip=0.7, max_steps=20, learning_rate=3e-3)
+    log = train(tmp_path, record, dtype="float16", optimizer="muon", grad_clip=0.7, max_steps=20, learning_rate=3e-3)
     norms = [value for (_, kind), value in log.items() if kind == "norm" and math.isfinite(value)]
     actual = [math.sqrt(a + b) for a, b in zip(squares[::2], squares[1::2], strict=True)]  # Muon's and AdamW's
     assert actual == pytest.approx([min(norm, 0.7) for norm in norms], rel=1e-3)
@@ -679,25 +546,10 @@ def test_schedules_warm_up_to_the_peak_and_end_low(schedule):
     if schedule == "cosine":
         assert rates[55] == pytest.approx((2.0 + 0.2) / 2)  # the middle between warmup and end
         assert rates[100] == pytest.approx(0.2)
-    if schedule in ("linear", "wsd"):
+    if schedule == "wsd":
         assert set(rates[10:41]) == {2.0}
         assert rates[70] == pytest.approx(1.0)
         assert rates[100] == pytest.approx(0.0)
-
-
-def test_training_mode_is_on_in_steps_and_off_in_evaluations(tmp_path):
-    """So dropout is."""
-    modes = set()
-
-    def record(module, args):
-        modes.add((torch.is_grad_enabled(), module.training))
-
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(record)
-    try:
-        train(tmp_path, max_steps=4, eval_interval=2, dropout=0.5)
-    finally:
-        hook.remove()
-    assert modes == {(True, True), (False, False)}
 
 
 # ----------------------------------------------------------------------------------------- muon
@@ -718,40 +570,6 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_the_singular_ve
     assert counter.get_total_flops() == shape[0] * 5 * 2 * (2 * m * m * n + m**3)
 
 
-def muon_of(model, rank=0, world_size=1):
-    """Return a Muon for the blocks of a model, with the learning rate 0.1 and the weight decay 0.2."""
-    ranks = (rank, world_size)[: len(inspect.signature(train_gpt2.Muon).parameters) - 3]
-    return train_gpt2.Muon(model.h, 0.1, 0.2, *ranks)
-
-
-def test_muon_equals_torch_muon_on_every_matrix_with_q_k_and_v_apart(device):
-    """Three steps, each from the same weights: PyTorch's computes in bfloat16, so differences would add up."""
-    model = randomize(GPT(tiny_config(n_embd=48, n_head=3))).to(device)
-    matrices = {}  # parameter -> its matrices as separate parameters
-    for name, parameter in model.h.named_parameters():
-        if parameter.dim() == 2:
-            parts = parameter.detach().chunk(3 if "c_attn" in name else 1)
-            matrices[parameter] = [torch.nn.Parameter(part.clone()) for part in parts]
-    settings = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
-    expected = torch.optim.Muon([part for parts in matrices.values() for part in parts], **settings)
-    muon = muon_of(model)
-    assert {parameter for parameter, _ in parameters_of(muon)} == set(matrices)
-    for _ in range(3):
-        before = {}
-        for parameter, parts in matrices.items():
-            before[parameter] = parameter.detach().clone()
-            parameter.grad = torch.randn_like(parameter)
-            for part, grad in zip(parts, parameter.grad.chunk(len(parts)), strict=True):
-                part.grad = grad
-        muon.step()
-        expected.step()
-        for parameter, parts in matrices.items():
-            distance = (parameter - before[parameter]).norm()
-            assert (parameter - torch.cat(parts)).norm() < 0.03 * distance  # bfloat16 has 8 bits
-            with torch.no_grad():
-                parameter.copy_(torch.cat(parts))
-
-
 def muon_steps(rank, world_size, directory):
     """Make three Muon steps on fixed random weights and gradients as one rank of a gloo group. Saves the result."""
     if world_size > 1:
@@ -759,7 +577,7 @@ def muon_steps(rank, world_size, directory):
         torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world_size)
     torch.manual_seed(0)
     model = randomize(GPT(tiny_config()))
-    muon = muon_of(model, rank, world_size)
+    muon = train_gpt2.Muon(model.h, 0.1, 0.2)
     with FlopCounterMode(display=False) as counter:
         for _ in range(3):
             for parameter in model.h.parameters():
@@ -771,13 +589,12 @@ def muon_steps(rank, world_size, directory):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_muon_shares_its_work_among_ranks_without_changing_the_result(world_size, tmp_path):
+def test_muon_shares_its_work_among_ranks_without_changing_the_result(tmp_path):
     """There are 8, 2 and 2 matrices of equal shape: 3 ranks cannot divide them evenly."""
     muon_steps(0, 1, tmp_path)
-    torch.multiprocessing.start_processes(muon_steps, (world_size, tmp_path), nprocs=world_size, start_method="fork")
+    torch.multiprocessing.start_processes(muon_steps, (3, tmp_path), nprocs=3, start_method="fork")
     expected = torch.load(tmp_path / "0_of_1.pt", weights_only=False)
-    results = [torch.load(tmp_path / f"{rank}_of_{world_size}.pt", weights_only=False) for rank in range(world_size)]
+    results = [torch.load(tmp_path / f"{rank}_of_3.pt", weights_only=False) for rank in range(3)]
     for result in results:
         assert result["flops"] <= expected["flops"] / 2
         for name, tensor in expected["weights"].items():
@@ -785,11 +602,10 @@ def test_muon_shares_its_work_among_ranks_without_changing_the_result(world_size
             assert torch.equal(result["weights"][name], results[0]["weights"][name]), "ranks must not drift apart"
 
 
-@pytest.mark.parametrize("n_layer", [2, 12])
-def test_muon_multiplies_matrices_of_equal_shape_together(n_layer):
+def test_muon_multiplies_matrices_of_equal_shape_together():
     """One matrix after the other would take 15 products for each of the 6 matrices of a layer."""
-    model = GPT(tiny_config(n_layer=n_layer))
-    muon = muon_of(model)
+    model = GPT(tiny_config())
+    muon = train_gpt2.Muon(model.h, 0.1, 0.2)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -822,20 +638,3 @@ def test_hellaswag_and_samples_use_no_attention_that_plans_for_each_length(tmp_p
     assert done.returncode == 0, done.stderr
     assert seen == {16: {before}, 12: {False}, 2: {False}, 3: {False}}
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
-
-
-def test_ranks_wait_an_hour_for_a_checkpoint_on_a_slow_disk(tmp_path, monkeypatch):
-    options = {}
-
-    def init_process_group(backend, **given):
-        options.update(given)
-        raise KeyboardInterrupt  # this is all that the test needs
-
-    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
-    environment = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
-    with pytest.raises(KeyboardInterrupt):
-        call("train_gpt2", *tiny_flags(micro_batch_size=4), "--data_dir", tmp_path, "--log_dir", tmp_path / "log")
-    assert options["timeout"].total_seconds() >= 3600

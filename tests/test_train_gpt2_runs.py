@@ -1,11 +1,13 @@
 """Training runs of train_gpt2.py: log, samples, processes, dtypes, checkpoints, HellaSwag."""
 
+import importlib.machinery
 import json
 import os
 import re
 import shutil
 import sys
 import time
+import types
 from functools import partial
 
 import numpy as np
@@ -36,7 +38,6 @@ from conftest import (
     write_data_set,
 )
 from functorch.compile import make_boxed_func
-from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd  # as PyTorch documents it for custom backends
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -78,36 +79,15 @@ def weights(log_dir, step=5):
     return weights_file(log_dir, step).read_bytes()
 
 
-def comparable_weights(log_dir, step=5):
-    """Return the tensors of a checkpoint, without the biases of the keys.
-
-    These biases add the same number to all attention scores of a query, so their true gradient is 0.
-    AdamW turns the rounding errors of their gradients into steps of full size.
-    """
-    tensors = load_file(weights_file(log_dir, step))
-    for name in list(tensors):
-        if name.endswith("c_attn.bias"):
-            q_bias, _, v_bias = tensors.pop(name).chunk(3)
-            tensors[f"{name} of q"] = q_bias
-            tensors[f"{name} of v"] = v_bias
-    return tensors
-
-
-def assert_same_weights(log_dir, expected_log_dir, step=5):
-    """Check that two runs of five steps end with the same weights, except for rounding."""
-    actual, expected = comparable_weights(log_dir, step), comparable_weights(expected_log_dir, step)
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        difference = (actual[name] - tensor).abs().max().item()
-        assert difference <= 2e-5, name  # five steps of AdamW move a weight by about 3e-3
-
-
 def assert_same_losses(log_dir, expected_log_dir):
-    """Check that two runs logged the same losses and norms, except for rounding."""
+    """Check that two runs logged the same losses and norms, except for rounding.
+
+    Later losses are those of the updated weights. One run may have more validations.
+    """
     for kind, tolerance in (("train", 2e-6), ("norm", 1.01e-4), ("val", 1.01e-4)):
         actual, expected = losses(log_dir, kind), losses(expected_log_dir, kind)
-        steps = actual.keys() & expected.keys()  # one run may have more validations
-        assert {0, 5 if kind == "val" else 4} <= steps
+        steps = actual.keys() & expected.keys()
+        assert len(steps) >= 2
         for step in steps:
             assert actual[step] == pytest.approx(expected[step], abs=tolerance), (kind, step)
 
@@ -176,17 +156,11 @@ def test_an_empty_prompt_samples_from_the_end_of_text_token(byte_shards, tmp_pat
 
 
 def test_an_ascii_terminal_shows_question_marks(byte_shards, tmp_path):
-    flags = [*TINY, "--data_dir", byte_shards, "--log_dir", tmp_path / "log", "--prompt", "caf\u00e9"]
-    done = run("train_gpt2", *flags, env={"PYTHONIOENCODING": "ascii"})
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.isascii() and done.stdout.count("> caf?") == 4
+    def before(rank):
+        sys.stdout.reconfigure(encoding="ascii")
 
-
-def test_learning_rates_follow_warmup_and_cosine(one_run):
-    # Warmup to 1e-3 in two steps, then half a cosine from 1e-3 to 1e-4 in three steps. After one third
-    # and two thirds of it the cosine is 1/2 and -1/2, so that 3/4 and 1/4 of the difference are left.
-    expected = {0: 5e-4, 1: 1e-3, 2: 1e-3, 3: 1e-4 + 9e-4 * 3 / 4, 4: 1e-4 + 9e-4 / 4}
-    assert losses(one_run[1], "lr") == pytest.approx(expected, rel=1e-3)
+    stdout = train_on_ranks(1, byte_shards, tmp_path / "log", before=before, prompt="caf\u00e9")
+    assert stdout.isascii() and stdout.count("> caf?") == 4
 
 
 def test_log_interval_concerns_the_screen_and_not_the_log_file(one_run, byte_shards, tmp_path):
@@ -222,30 +196,28 @@ def test_step_lines_show_duration_speed_and_the_time_left(one_run, byte_shards, 
 
 
 def test_a_small_model_learns_more_than_character_frequencies(byte_shards, tmp_path):
-    changes = {"max_steps": 400, "eval_interval": 400, "learning_rate": 1e-2, "warmup_steps": 20}
-    train(byte_shards, tmp_path / "log", log_interval=400, **changes)
+    changes = {"max_steps": 200, "eval_interval": 200, "learning_rate": 2e-2, "optimizer": "muon"}
+    train(byte_shards, tmp_path / "log", log_interval=200, **changes)
     tokens = np.load(byte_shards / "excerpt_val_000000.npy")
     frequencies = np.unique(tokens, return_counts=True)[1] / len(tokens)
     entropy = -(frequencies * np.log(frequencies)).sum()
-    assert losses(tmp_path / "log", "val")[400] < entropy - 0.3
+    assert losses(tmp_path / "log", "val")[200] < entropy - 0.3
 
 
 # ----------------------------------------------------------- gradient accumulation and processes
 @pytest.mark.parametrize("ranks, micro_batch_size", [(1, 2), (2, 2), (2, 4)])
-def test_any_split_of_a_batch_gives_the_same_weights(one_run, byte_shards, tmp_path, ranks, micro_batch_size):
+def test_any_split_of_a_batch_gives_the_same_losses(one_run, byte_shards, tmp_path, ranks, micro_batch_size):
     """A step has 8 windows. The 25 windows of validation data do not divide evenly."""
     train_on_ranks(ranks, byte_shards, tmp_path / "log", micro_batch_size=micro_batch_size)
-    assert_same_weights(tmp_path / "log", one_run[1])
     assert_same_losses(tmp_path / "log", one_run[1])
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_default_micro_batch_divides_the_windows_of_a_rank(byte_shards, tmp_path, ranks):
-    """Six windows: on a CPU, micro-batches have a power of two of them."""
+def test_the_default_micro_batch_divides_the_windows_of_a_rank(byte_shards, tmp_path):
+    """Three windows per rank: on a CPU, micro-batches have a power of two of them."""
     changes = {"total_batch_size": 96, "max_steps": 2}
     train(byte_shards, tmp_path / "expected", micro_batch_size=6, **changes)
-    train_on_ranks(ranks, byte_shards, tmp_path / "log", micro_batch_size=None, **changes)
-    assert losses(tmp_path / "log") == pytest.approx(losses(tmp_path / "expected"), abs=2e-6)
+    train_on_ranks(2, byte_shards, tmp_path / "log", micro_batch_size=None, **changes)
+    assert_same_losses(tmp_path / "log", tmp_path / "expected")
 
 
 def test_muon_on_two_ranks_or_resumed_ends_where_one_process_does(byte_shards, tmp_path):
@@ -256,12 +228,10 @@ def test_muon_on_two_ranks_or_resumed_ends_where_one_process_does(byte_shards, t
     train(byte_shards, tmp_path / "resumed", "--resume", **changes)
     assert weights(tmp_path / "resumed") == weights(tmp_path / "one")
     train_on_ranks(2, byte_shards, tmp_path / "two", micro_batch_size=4, **changes)
-    assert_same_weights(tmp_path / "two", tmp_path / "one")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-6)
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_every_rank_and_step_has_its_own_dropout(tmp_path, dropout):
+def test_every_rank_and_step_has_its_own_dropout(tmp_path):
     """All windows of these data are equal and the weights stay, so only dropout makes a difference."""
     tokens = np.tile(np.arange(16), 20)
     data_dir = write_data_set(tmp_path / "data", [tokens], [tokens])
@@ -275,11 +245,10 @@ def test_every_rank_and_step_has_its_own_dropout(tmp_path, dropout):
         for step in range(5):
             at_loss(step, record)(rank)
 
-    changes = {"micro_batch_size": 4, "dropout": dropout, "learning_rate": 1e-12, "weight_decay": 0}
+    changes = {"micro_batch_size": 4, "dropout": 0.2, "learning_rate": 1e-12, "weight_decay": 0}
     train_on_ranks(2, data_dir, tmp_path / "log", before=before, **changes)
     values = (tmp_path / "losses").read_text().split()
-    assert len(values) == 2 * 5
-    assert len(set(values)) == (10 if dropout else 1)
+    assert len(values) == len(set(values)) == 2 * 5
 
 
 # --------------------------------------------------------------------------------- torch.compile
@@ -291,7 +260,7 @@ def count_graphs(path):
 
     def before(rank):
         def compile_forward(graph, inputs):
-            if len(inputs) > 10:
+            if len(inputs) > 1:
                 with open(f"{path}_{rank}", "a") as file:
                     file.write("graph\n")
             return make_boxed_func(graph.forward)
@@ -305,31 +274,25 @@ def count_graphs(path):
     return before
 
 
-@pytest.mark.parametrize("micro_batch_size", [2, 4], ids=["accumulation", "no accumulation"])
-def test_compiled_ddp_gives_the_same_weights(byte_shards, tmp_path, micro_batch_size):
-    """Without accumulation, training is split at DDP's buckets: this model of 4 MB has several of 1 MB.
-
-    Otherwise there is one graph each for training and validation. A smaller last batch compiles nothing.
-    """
+def test_compiled_ddp_without_accumulation_is_split_at_its_buckets(byte_shards, tmp_path):
+    """This model of 2 MB has two buckets. The smaller last batch of a validation compiles nothing."""
 
     def before(rank):
         count_graphs(tmp_path / "graphs")(rank)
         ddp = torch.nn.parallel.DistributedDataParallel
         torch.nn.parallel.DistributedDataParallel = partial(ddp, bucket_cap_mb=1)
 
-    changes = {"n_embd": 192, "eval_interval": 1}
+    changes = {"n_layer": 1, "n_embd": 192, "max_steps": 2}
     train(byte_shards, tmp_path / "expected", **changes)
-    changes["micro_batch_size"] = micro_batch_size
+    changes["micro_batch_size"] = 4
     train_on_ranks(2, byte_shards, tmp_path / "log", "--compile", before=before, **changes)
     for rank in (0, 1):
-        num_graphs = (tmp_path / f"graphs_{rank}").read_text().count("graph")
-        assert num_graphs == 2 if micro_batch_size == 2 else num_graphs > 2
-    assert len(losses(tmp_path / "log", "val")) == 6
+        assert (tmp_path / f"graphs_{rank}").read_text().count("graph") == 2 + 1
     assert_same_losses(tmp_path / "log", tmp_path / "expected")
 
 
 @pytest.mark.skipif("INDUCTOR" not in os.environ, reason="takes a minute and a C++ compiler: set INDUCTOR=1")
-def test_compiled_code_gives_the_same_weights(byte_shards, tmp_path):
+def test_compiled_code_gives_the_same_losses(byte_shards, tmp_path):
     """With inductor, PyTorch's default."""
     changes = {"n_layer": 1, "max_steps": 3}
     train(byte_shards, tmp_path / "expected", **changes)
@@ -338,13 +301,19 @@ def test_compiled_code_gives_the_same_weights(byte_shards, tmp_path):
     done = run("train_gpt2", *flags, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert list((tmp_path / "cache").rglob("*.cpp")), "nothing was compiled"
-    assert_same_weights(tmp_path / "log", tmp_path / "expected", step=3)
+    assert_same_losses(tmp_path / "log", tmp_path / "expected")
 
 
 def test_a_missing_compiler_is_one_line(byte_shards, tmp_path):
+    def before(rank):
+        def fail(graph, inputs):
+            raise RuntimeError("no C++ compiler")
+
+        torch.compile = partial(torch.compile, backend=fail)
+
     flags = [*TINY, "--data_dir", byte_shards, "--log_dir", tmp_path / "log", "--compile"]
-    environment = {"CXX": "no-such-compiler", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    assert_user_error(run("train_gpt2", *flags, env=environment), "no-such-compiler", "--no-compile")
+    [done] = Run(*flags, before=before).wait()
+    assert_user_error(done, "no C++ compiler", "--no-compile")
     assert not (tmp_path / "log" / "log.txt").exists()
 
 
@@ -368,17 +337,6 @@ def test_evaluation_and_sampling_do_not_change_training(byte_shards, tmp_path):
     assert weights(tmp_path / "often") == weights(tmp_path / "rarely")
     assert len(losses(tmp_path / "often", "val")) == 6
     assert len(losses(tmp_path / "rarely", "val")) == 2
-
-
-@pytest.mark.parametrize("flag", ["--no-shuffle", "--seed=7", "--dropout=0.2", "--weight_decay=0.9", "--grad_clip=0.1"])
-def test_training_flags_change_the_weights(one_run, byte_shards, tmp_path, flag):
-    train(byte_shards, tmp_path / "log", flag)
-    assert weights(tmp_path / "log") != weights(one_run[1])
-
-
-def test_the_logged_norm_is_that_before_clipping(one_run, byte_shards, tmp_path):
-    train(byte_shards, tmp_path / "log", grad_clip=0.01)
-    assert losses(tmp_path / "log", "norm")[0] == losses(one_run[1], "norm")[0] > 0.1
 
 
 def test_a_run_without_gpt2s_vocabulary_trains_without_samples(tmp_path, monkeypatch):
@@ -406,30 +364,30 @@ def test_eval_only_prints_the_loss_of_a_checkpoint_and_writes_nothing(one_run, b
 
 
 # ---------------------------------------------------------------------------------------- dtypes
-SIXTY_STEPS = {"max_steps": 60, "learning_rate": 3e-3, "checkpoint_interval": 59, "eval_interval": 60}
+TWENTY_STEPS = {"max_steps": 20, "learning_rate": 3e-3, "checkpoint_interval": 19, "eval_interval": 20}
 
 
 @pytest.fixture(scope="module")
 def run_in_dtype(byte_shards, tmp_path_factory):
-    """{dtype: log directory} of 60 steps, with a checkpoint at step 59, in each of the dtypes."""
+    """{dtype: log directory} of 20 steps, with a checkpoint at step 19, in each of the dtypes."""
     root = tmp_path_factory.mktemp("run_in_dtype")
     with pytest.MonkeyPatch.context() as monkeypatch:
         grow_scale_often(monkeypatch)
         for dtype in ("float32", "bfloat16", "float16"):
-            train(byte_shards, root / dtype, dtype=dtype, **SIXTY_STEPS)
+            train(byte_shards, root / dtype, dtype=dtype, **TWENTY_STEPS)
     return {path.name: path for path in root.iterdir()}
 
 
 def grow_scale_often(monkeypatch):
-    """Let new gradient scalers start with the factor 1024, and double it after 30 steps."""
-    scaler = partial(torch.amp.GradScaler, init_scale=1024, growth_interval=30)
+    """Let new gradient scalers start with the factor 1024, and double it after 10 steps."""
+    scaler = partial(torch.amp.GradScaler, init_scale=1024, growth_interval=10)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_matches_float32(run_in_dtype, dtype):
     actual, expected = losses(run_in_dtype[dtype]), losses(run_in_dtype["float32"])
-    assert len(expected) == 60 and expected[59] < expected[0] - 1
+    assert len(expected) == 20 and expected[19] < expected[0] - 0.5
     assert actual == pytest.approx(expected, abs=0.02)
     assert actual != expected
 
@@ -438,27 +396,27 @@ def test_half_precision_matches_float32(run_in_dtype, dtype):
 def test_a_resumed_run_keeps_its_dtype_and_ends_with_the_same_bytes(
     run_in_dtype, byte_shards, tmp_path, monkeypatch, dtype
 ):
-    """The factor of float16 was doubled twice, after 30 and 60 steps."""
+    """The factor of float16 was doubled twice, after 10 and 20 steps."""
     grow_scale_often(monkeypatch)
     shutil.copytree(run_in_dtype[dtype], tmp_path / "log")
-    remove_checkpoint(tmp_path / "log", 60)
-    train(byte_shards, tmp_path / "log", "--resume", **SIXTY_STEPS)
-    assert weights(tmp_path / "log", 60) == weights(run_in_dtype[dtype], 60)
+    remove_checkpoint(tmp_path / "log", 20)
+    train(byte_shards, tmp_path / "log", "--resume", **TWENTY_STEPS)
+    assert weights(tmp_path / "log", 20) == weights(run_in_dtype[dtype], 20)
     assert reproducible(tmp_path / "log") == reproducible(run_in_dtype[dtype])
-    state = torch.load(tmp_path / "log" / "step_000060" / "trainer.pt", weights_only=True)
+    state = torch.load(tmp_path / "log" / "step_000020" / "trainer.pt", weights_only=True)
     assert state["scaler"].get("scale") == (4096 if dtype == "float16" else None)
 
 
 @pytest.mark.parametrize("saved, chosen", [("bfloat16", "float16"), ("float16", "float32")])
 def test_resuming_in_another_dtype_warns_and_works(run_in_dtype, byte_shards, tmp_path, saved, chosen):
     shutil.copytree(run_in_dtype[saved], tmp_path / "log")
-    remove_checkpoint(tmp_path / "log", 60)
-    done = try_to_train(byte_shards, tmp_path / "log", "--resume", dtype=chosen, **SIXTY_STEPS)
+    remove_checkpoint(tmp_path / "log", 20)
+    done = try_to_train(byte_shards, tmp_path / "log", "--resume", dtype=chosen, **TWENTY_STEPS)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
     assert saved in done.stderr and chosen in done.stderr
     assert losses(tmp_path / "log") == pytest.approx(losses(run_in_dtype[saved]), abs=0.02)
-    assert weights(tmp_path / "log", 60) != weights(run_in_dtype[saved], 60)
+    assert weights(tmp_path / "log", 20) != weights(run_in_dtype[saved], 20)
 
 
 @pytest.mark.parametrize(
@@ -474,27 +432,11 @@ def test_the_default_dtype_of_a_cpu_depends_on_its_matmuls(
     byte_shards, tmp_path, monkeypatch, capabilities, n_embd, expected
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    changes = {"n_layer": 1, "n_embd": n_embd, "max_steps": 1}
-    for name, dtype in (("default", None), ("float32", "float32"), ("bfloat16", "bfloat16")):
-        train(byte_shards, tmp_path / name, dtype=dtype, **changes)
-    other = {"float32": "bfloat16", "bfloat16": "float32"}[expected]
-    assert weights(tmp_path / "default", 1) == weights(tmp_path / expected, 1)
-    assert weights(tmp_path / "default", 1) != weights(tmp_path / other, 1)
+    train(byte_shards, tmp_path / "log", n_layer=1, n_embd=n_embd, max_steps=1)
+    assert json.loads((tmp_path / "log" / "run.json").read_text())["dtype"] == expected
 
 
 # ---------------------------------------------------------------------------------- checkpoints
-@pytest.mark.gpt2
-def test_transformers_computes_the_same_logits_from_a_checkpoint(one_run):
-    path = one_run[1] / "step_000005"
-    expected = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-    model = load("train_gpt2").GPT.from_pretrained(path).eval()
-    idx = torch.randint(257, (2, 16))
-    torch.testing.assert_close(model(idx)[0], expected(idx).logits, rtol=1e-5, atol=1e-5)
-    tensors = load_file(path / "model.safetensors")
-    assert tensors["transformer.wte.weight"].shape == (257, 32)
-    assert not [name for name in tensors if "lm_head" in name]
-
-
 @pytest.mark.gpt2
 def test_transformers_pipeline_continues_text_from_a_checkpoint(one_run):
     """The call without further arguments ends at the model's 16 positions."""
@@ -517,6 +459,7 @@ DIFFICULT_TEXTS = [
 ]
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("text", DIFFICULT_TEXTS)
 def test_a_checkpoint_of_a_byte_model_contains_its_tokenizer(one_run, text):
     tokenizer = transformers.AutoTokenizer.from_pretrained(one_run[1] / "step_000005")
@@ -525,6 +468,7 @@ def test_a_checkpoint_of_a_byte_model_contains_its_tokenizer(one_run, text):
     assert tokenizer.decode([*text.encode()]) == text
 
 
+@pytest.mark.gpt2
 def test_a_run_on_gpt2_tokens_starts_at_10_82_and_saves_gpt2s_tokenizer(tiny_shakespeare, tiktoken_cache, tmp_path):
     flags = ["--input", tiny_shakespeare, "--tokenizer", "gpt2", "--out_dir", tmp_path / "data"]
     assert call("prepare_shakespeare", *flags).returncode == 0
@@ -538,28 +482,13 @@ def test_a_run_on_gpt2_tokens_starts_at_10_82_and_saves_gpt2s_tokenizer(tiny_sha
         assert tokenizer(text)["input_ids"] == enc.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("keep, expected", [(2, [6, 7]), (0, [2, 4, 6, 7]), (1, [7])])
+@pytest.mark.parametrize("keep, expected", [(2, [6, 7]), (0, [2, 4, 6, 7])])
 def test_the_newest_checkpoints_are_kept(byte_shards, tmp_path, keep, expected):
     train(byte_shards, tmp_path / "log", max_steps=7, checkpoint_interval=2, keep_checkpoints=keep)
     assert names_in(tmp_path / "log", "step_") == [f"step_{step:06d}" for step in expected]
 
 
 # --------------------------------------------------------------------------------------- resume
-def test_resume_removes_what_a_crash_left_and_nothing_else(one_run, byte_shards, tmp_path):
-    shutil.copytree(one_run[1], tmp_path / "log")
-    for step in (4, 5):
-        remove_checkpoint(tmp_path / "log", step)
-    (tmp_path / "log" / "tmp").mkdir()
-    (tmp_path / "log" / "tmp" / "model.safetensors").write_bytes(b"half")
-    (tmp_path / "log" / "notes.md").write_text("mine")
-    stdout = train(byte_shards, tmp_path / "log", "--resume", eval_interval=2, checkpoint_interval=2)
-    assert [int(STEP_LINE.fullmatch(line)[1]) for line in lines_with("| loss", stdout)] == [2, 3, 4]
-    assert weights(tmp_path / "log") == weights(one_run[1])
-    assert reproducible(tmp_path / "log") == reproducible(one_run[1])
-    assert "notes.md" in names_in(tmp_path / "log")
-    assert names_in(tmp_path / "log", "tmp") == []
-
-
 def test_resuming_a_finished_run_changes_nothing_and_repeats_its_samples(byte_shards, tmp_path):
     first = train(byte_shards, tmp_path / "log")
     before = weights(tmp_path / "log"), read_log(tmp_path / "log")
@@ -568,17 +497,6 @@ def test_resuming_a_finished_run_changes_nothing_and_repeats_its_samples(byte_sh
     last_validation = first.partition("step     5 | val loss: ")[2]
     assert "> KING" in last_validation
     assert again.partition("step     5 | val loss: ")[2] == last_validation
-
-
-def test_a_run_resumes_without_any_other_flags(byte_shards, tmp_path):
-    changes = {"dropout": 0.1, "optimizer": "muon", "schedule": "wsd", "max_steps": 12, "checkpoint_interval": 6}
-    train(byte_shards, tmp_path / "whole", **changes)
-    shutil.copytree(tmp_path / "whole", tmp_path / "log")
-    remove_checkpoint(tmp_path / "log", 12)
-    done = call("train_gpt2", "--resume", "--log_dir", tmp_path / "log")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert weights(tmp_path / "log", 12) == weights(tmp_path / "whole", 12)
-    assert reproducible(tmp_path / "log") == reproducible(tmp_path / "whole")
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_and_its_model_can_be_used(one_run, byte_shards, tmp_path):
@@ -611,61 +529,44 @@ def test_the_best_model_is_kept_across_a_resume(byte_shards, tmp_path):
     assert best == weights(tmp_path / "short", lowest)
 
 
-@pytest.mark.gpt2
-def test_sample_py_continues_text_with_the_best_model(byte_shards, tmp_path):
-    train(byte_shards, tmp_path / "log", "--save_best")
-    done = call("sample", "--model", tmp_path / "log" / "best", "--device", "cpu", "--max_new_tokens", 4)
-    assert done.returncode == 0, done.stderr
-
-
-WANDB_STUB = """
-import json, os
-
-def write(**row):
-    if os.environ.get("WANDB_STUB") == "broken":
-        raise ConnectionError("no route to host")
-    with open(os.environ["WANDB_STUB_FILE"], "a") as file:
-        file.write(json.dumps(row) + "\\n")
-
-class Run:
-    def log(self, metrics, step): write(step=step, **metrics)
-    def finish(self): pass
-
-def init(id=None, project=None, **options):
-    write(id=id, project=project)
-    return Run()
-"""
-
-
 @pytest.fixture
-def wandb_rows(tmp_path, monkeypatch):
-    """A package wandb that writes to a file. Returns a function that reads the file."""
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "wandb.py").write_text(WANDB_STUB)
-    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.setenv("WANDB_STUB_FILE", str(tmp_path / "rows.txt"))
-    yield lambda: [json.loads(line) for line in (tmp_path / "rows.txt").read_text().splitlines()]
-    sys.modules.pop("wandb", None)
+def wandb(monkeypatch):
+    """A module in place of wandb, which appends everything that it is given to wandb.rows."""
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.rows = []
+
+    def init(id, project, **options):
+        wandb.rows.append({"id": id, "project": project})
+        return wandb
+
+    wandb.init = init
+    wandb.log = lambda metrics, step: wandb.rows.append({"step": step, **metrics})
+    wandb.finish = lambda: None
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return wandb
 
 
-def test_wandb_gets_the_metrics_and_a_resumed_run_continues_there(wandb_rows, one_run, byte_shards, tmp_path):
+def test_wandb_gets_the_metrics_and_a_resumed_run_continues_there(wandb, one_run, byte_shards, tmp_path):
     train(byte_shards, tmp_path / "log", "--wandb", "mine", checkpoint_interval=3)
     remove_checkpoint(tmp_path / "log")
     train(byte_shards, tmp_path / "log", "--resume", "--wandb", "mine", checkpoint_interval=3)
-    starts = [row for row in wandb_rows() if "id" in row]
-    assert [row["project"] for row in starts] == ["mine", "mine"]
-    assert starts[0]["id"] == starts[1]["id"]
-    train_losses = {row["step"]: row["train"] for row in wandb_rows() if "train" in row}
-    assert train_losses == losses(tmp_path / "log")
-    assert weights(tmp_path / "log") == weights(one_run[1])
+    first, second = [row for row in wandb.rows if "id" in row]
+    assert first["project"] == second["project"] == "mine"
+    assert first["id"] == second["id"]
+    train_losses = {row["step"]: row["train"] for row in wandb.rows if "train" in row}
+    assert train_losses == losses(tmp_path / "log") == losses(one_run[1])
 
 
-def test_errors_of_wandb_do_not_end_a_run(wandb_rows, one_run, byte_shards, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_STUB", "broken")
+@pytest.mark.parametrize("broken", ["init", "log"])
+def test_errors_of_wandb_do_not_end_a_run(wandb, one_run, byte_shards, tmp_path, monkeypatch, broken):
+    def fail(*args, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(wandb, broken, fail)
     done = try_to_train(byte_shards, tmp_path / "log", "--wandb", "mine")
     assert done.returncode == 0
-    assert done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
+    assert done.stderr.count("warning: ") == done.stderr.count("\n") == (broken == "init")
     assert weights(tmp_path / "log") == weights(one_run[1])
 
 
@@ -689,19 +590,7 @@ def test_wsd_allows_a_longer_run_until_the_decay_begins(byte_shards, tmp_path):
     assert_user_error(done, "--max_steps", "14", "12")
 
 
-# --------------------------------------------------------------------- quick start and fine-tuning
-def test_the_quick_start_works_in_an_empty_directory(tmp_path, text_file):
-    """Flags override the preset."""
-    prepared = run("prepare_shakespeare", "--input", text_file, cwd=tmp_path)
-    assert prepared.returncode == 0, prepared.stderr
-    flags = ["--preset", "shakespeare", "--n_layer", 1, "--max_steps", 3, "--warmup_steps", 1, "--device", "cpu"]
-    trained = run("train_gpt2", *flags, cwd=tmp_path)
-    assert (trained.returncode, trained.stderr) == (0, "")
-    config = json.loads((tmp_path / "log" / "step_000003" / "config.json").read_text())
-    assert (config["n_layer"], config["n_head"], config["n_embd"], config["n_positions"]) == (1, 4, 128, 64)
-    assert names_in(tmp_path) == ["log", "shakespeare"]
-
-
+# ---------------------------------------------------------------------------------- fine-tuning
 def fine_tune(model, data_dir, log_dir, *flags):
     """Run train_gpt2.py with --init_from in this process. It must succeed without a warning."""
     line = [*NO_SHAPE, "--data_dir", data_dir, "--log_dir", log_dir, "--init_from", model, *flags]
@@ -741,17 +630,6 @@ def test_fine_tuning_resumes_to_the_same_bytes(pretrained, byte_shards, tmp_path
     assert weights(tmp_path / "log") == weights(tmp_path / "whole")
 
 
-def test_fine_tuning_from_a_run_takes_its_newest_checkpoint(one_run, byte_shards, tmp_path):
-    """The newest checkpoint has the largest step. Alphabetical order is different."""
-    shutil.copytree(one_run[1], tmp_path / "run")
-    for old_name, new_name in (("step_000005", "step_1000000"), ("step_000002", "step_999999")):
-        (tmp_path / "run" / old_name).rename(tmp_path / "run" / new_name)
-    fine_tune(tmp_path / "run", byte_shards, tmp_path / "log", "--seed", 7)
-    val = losses(one_run[1], "val")
-    assert losses(tmp_path / "log", "val")[0] == val[5]
-    assert len(set(val.values())) == 4
-
-
 @pytest.mark.parametrize("model", ["log", "log/step_000005"])
 def test_a_run_from_a_run_with_the_same_seed_and_data_gives_one_warning(one_run, byte_shards, tmp_path, model):
     flags = [*NO_SHAPE, "--data_dir", byte_shards, "--log_dir", tmp_path / "log"]
@@ -762,124 +640,53 @@ def test_a_run_from_a_run_with_the_same_seed_and_data_gives_one_warning(one_run,
 
 
 # ------------------------------------------------------------------------------------ hellaswag
-HELLASWAG = {  # four steps on GPT-2 tokens, with HellaSwag scores at steps 0, 3 and 4
+HELLASWAG = {  # two steps on GPT-2 tokens, with HellaSwag scores at steps 0 and 2
     "n_layer": 1,
     "n_embd": 16,
     "block_size": 72,  # above 64: the lengths of batches are rounded up to multiples of 64
     "total_batch_size": 4 * 72,
     "micro_batch_size": 4,
-    "max_steps": 4,
-    "eval_interval": 4,
-    "checkpoint_interval": 3,
-    "hellaswag_interval": 3,
+    "max_steps": 2,
+    "eval_interval": 2,
+    "hellaswag_interval": 2,
     "learning_rate": 1e-2,
     "max_new_tokens": 4,
 }
 
 
-def write_examples(path, labels):
-    """Write a HellaSwag example per label as JSON lines, with words of input.txt. Returns them."""
-    rng = np.random.default_rng(0)
-    words = (ROOT / "input.txt").read_text(encoding="utf-8").split()[:5000]
-    examples = []
-    for ind, label in enumerate(labels):
-        context_words = 30 if ind % 5 == 0 else 3  # every fifth example is longer
-        texts = []
-        for num_words in (context_words, 9, 1, 4, 12):
-            start = rng.integers(4900)
-            texts.append(" ".join(words[start : start + num_words]))
-        examples.append({"ind": ind, "label": int(label), "ctx": texts[0], "endings": texts[1:]})
-    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
-    return examples
-
-
-@pytest.fixture(scope="module")
-def hellaswag_data(tmp_path_factory):
-    """A directory with shards of random GPT-2 tokens in data/, and 10 examples in examples.jsonl."""
-    directory = tmp_path_factory.mktemp("hellaswag")
-    rng = np.random.default_rng(0)
-    train_tokens, val_tokens = rng.integers(50257, size=1500), rng.integers(50257, size=400)
-    write_data_set(directory / "data", [train_tokens], [val_tokens], 50257)
-    write_examples(directory / "examples.jsonl", rng.integers(4, size=10))
-    return directory
-
-
 @pytest.fixture
-def hellaswag_folder(tiktoken_cache, hellaswag_data, tmp_path, monkeypatch):
-    """A copy of hellaswag_data as the current directory, with prepared examples."""
-    folder = tmp_path / "folder"
-    shutil.copytree(hellaswag_data, folder)
-    monkeypatch.chdir(folder)
+def hellaswag_folder(tiktoken_cache, tmp_path, monkeypatch):
+    """The current directory, with shards of random GPT-2 tokens in data/, and ten prepared examples."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    write_data_set("data", [rng.integers(50257, size=1500)], [rng.integers(50257, size=400)], 50257)
+    words = (ROOT / "input.txt").read_text(encoding="utf-8").split()
+    with open("examples.jsonl", "w") as file:
+        for ind in range(10):
+            texts = []
+            for num_words in (30 if ind % 5 == 0 else 3, 9, 1, 4, 12):  # context and endings
+                start = rng.integers(5000)
+                texts.append(" ".join(words[start : start + num_words]))
+            example = {"ind": ind, "label": ind % 4, "ctx": texts[0], "endings": texts[1:]}
+            file.write(json.dumps(example) + "\n")
     done = call("hellaswag", "--prepare", "--data", "examples.jsonl")
     assert done.returncode == 0, done.stderr
-    return folder
+    return tmp_path
 
 
-@pytest.mark.gpt2
-def test_hellaswag_in_training_is_hellaswag_py_on_the_checkpoint(hellaswag_folder):
-    stdout = train("data", "log", **HELLASWAG)
-    scores = losses("log", "hella")
-    assert list(scores) == [0, 3, 4]
-    assert len(lines_with("HellaSwag", stdout)) >= 3
-    for step in (3, 4):
-        flags = ["--model", f"log/step_{step:06d}", "--data", "examples.jsonl", "--device", "cpu"]
-        done = call("hellaswag", *flags)
-        assert done.returncode == 0, done.stderr
-        assert float(done.stdout.split()[-1]) == scores[step]
+def test_two_compiled_ranks_give_the_losses_and_the_hellaswag_scores_of_one_process(hellaswag_folder):
+    """There is one graph each for training and validation. test_hellaswag.py proves the scores.
 
-
-def transformers_choices(checkpoint, examples):
-    """Return the number of the ending with the lowest mean loss per token for each example."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    enc = tiktoken.get_encoding("gpt2")
-    choices = []
-    for example in examples:
-        context = enc.encode_ordinary(example["ctx"])
-        mean_losses = []
-        for ending in example["endings"]:
-            tokens = torch.tensor([context + enc.encode_ordinary(f" {ending}")])
-            with torch.no_grad():
-                logits = model(tokens).logits
-            # the logits at each position predict the next token
-            ending_logits, ending_tokens = logits[0, len(context) - 1 : -1], tokens[0, len(context) :]
-            mean_losses.append(F.cross_entropy(ending_logits, ending_tokens).item())
-        choices.append(int(np.argmin(mean_losses)))
-    return choices
-
-
-@pytest.mark.gpt2
-@pytest.mark.parametrize("micro_batch_size, shift, expected", [(4, 0, 1.0), (1, 1, 0.0)])
-def test_hellaswag_choices_are_those_of_transformers(hellaswag_folder, micro_batch_size, shift, expected):
-    """Labels that are transformers' choices give an accuracy of 1, and the labels after them 0.
-
-    The second run has other labels and ends with the same weights: HellaSwag does not change training.
+    The shapes of HellaSwag's batches and of samples vary: each would be compiled again.
     """
-    changes = {**HELLASWAG, "micro_batch_size": micro_batch_size, "dropout": 0.2}
-    train("data", "first", **{**changes, "hellaswag_interval": 0})
-    assert not losses("first", "hella")
-    examples = write_examples(hellaswag_folder / "examples.jsonl", np.zeros(10))
-    choices = transformers_choices("first/step_000004", examples)
-    assert len(set(choices)) > 1
-    write_examples(hellaswag_folder / "examples.jsonl", [(choice + shift) % 4 for choice in choices])
-    assert call("hellaswag", "--prepare", "--data", "examples.jsonl").returncode == 0
-    train("data", "second", **changes)
-    assert losses("second", "hella")[4] == expected
-    assert weights(hellaswag_folder / "second", 4) == weights(hellaswag_folder / "first", 4)
-
-
-def test_hellaswag_on_two_ranks_gives_the_scores_of_one(hellaswag_folder):
     train("data", "one", **HELLASWAG)
-    train_on_ranks(2, "data", "two", **{**HELLASWAG, "micro_batch_size": 2})
-    assert losses("two", "hella") == losses("one", "hella")
-    assert len(losses("two", "hella")) == 3
-
-
-def test_only_training_and_validation_are_compiled(one_run, hellaswag_folder):
-    """The shapes of HellaSwag's batches and of samples vary: each would be compiled again."""
     before = count_graphs(hellaswag_folder / "graphs")
-    train_on_ranks(1, "data", "log", "--compile", before=before, **HELLASWAG)
-    assert len(losses("log", "hella")) == 3
-    assert (hellaswag_folder / "graphs_0").read_text().count("graph") == 2
+    train_on_ranks(2, "data", "two", "--compile", before=before, **{**HELLASWAG, "micro_batch_size": 1})
+    for rank in (0, 1):
+        assert (hellaswag_folder / f"graphs_{rank}").read_text().count("graph") == 2
+    assert losses("two", "hella") == losses("one", "hella")
+    assert len(losses("two", "hella")) == 2
+    assert_same_losses("two", "one")
 
 
 @pytest.mark.parametrize("reason", ["bytes", "missing", "too long"])
@@ -894,7 +701,7 @@ def test_training_continues_without_hellaswag(reason, hellaswag_folder, byte_sha
     for line, needle in zip(lines, needles[reason], strict=True):
         assert needle in line
     assert not losses("log", "hella")
-    assert len(losses("log")) == 4
+    assert len(losses("log")) == 2
 
 
 def test_damaged_hellaswag_examples_are_refused(hellaswag_folder):
