@@ -280,7 +280,8 @@ class GPT(nn.Module):
         """Write float32 weights and config.json as transformers' GPT2LMHeadModel does.
 
         A model that differs from GPT-2, for example in its norms or positions, needs a model_type
-        of its own: with "gpt2", transformers would load it and compute something else.
+        of its own in GPT2_FIELDS: with "gpt2", transformers would load it and compute something
+        else.
         """
         # no padding rows, matrices as (in, out), and a prefix of the names
         weights = {}
@@ -1230,8 +1231,8 @@ def shape_of(name):
     with explain(f"cannot load {name}", "pass a model, a run or the name of a GPT-2 on the Hub"):
         with open(f"{find_pretrained(name)}/config.json", encoding="utf-8") as file:
             config = json.load(file)
-        if config["model_type"] != "gpt2":
-            raise ValueError(f"its model_type is {config['model_type']}, not gpt2")
+        if config["model_type"] != GPT2_FIELDS["model_type"]:
+            raise ValueError(f"its model_type is {config['model_type']}")
         shape = {flag: config[flag] for flag in ("n_layer", "n_head", "n_embd")}
         return {**shape, "block_size": config["n_positions"]}
 
