@@ -172,6 +172,12 @@ def test_the_command_that_a_stopped_run_prints_continues_it(byte_shards, tmp_pat
     assert_same_run(tmp_path / "log", whole)
 
 
+def test_a_signal_ends_eval_only_at_once(byte_shards, whole):
+    before = at_loss(0, lambda loss: send("SIGTERM")(), training=False)
+    done = train(byte_shards, whole, "--eval_only", "--resume", before=before)
+    assert done.returncode == -signal.SIGTERM
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_three_ranks_end_with_the_same_bytes(byte_shards, tmp_path, whole, name):
     """DDP must sum in the same order in the first step of a resumed run. Rank 1 has the fault."""

@@ -630,15 +630,6 @@ def test_fine_tuning_resumes_to_the_same_bytes(pretrained, byte_shards, tmp_path
     assert weights(tmp_path / "log") == weights(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("model", ["log", "log/step_000005"])
-def test_a_run_from_a_run_with_the_same_seed_and_data_gives_one_warning(one_run, byte_shards, tmp_path, model):
-    flags = [*NO_SHAPE, "--data_dir", byte_shards, "--log_dir", tmp_path / "log"]
-    done = call("train_gpt2", *flags, "--init_from", one_run[1].parent / model)
-    assert done.returncode == 0
-    assert done.stderr.startswith("warning: ") and done.stderr.count("\n") == 1
-    assert "--seed" in done.stderr and "1337" in done.stderr
-
-
 # ------------------------------------------------------------------------------------ hellaswag
 HELLASWAG = {  # two steps on GPT-2 tokens, with HellaSwag scores at steps 0 and 2
     "n_layer": 1,
