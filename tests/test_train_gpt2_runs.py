@@ -536,13 +536,13 @@ def wandb(monkeypatch):
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     wandb.rows = []
 
-    def init(id, project, **options):
-        wandb.rows.append({"id": id, "project": project})
+    def init(id, project, resume, **options):
+        wandb.rows.append({"id": id, "project": project, "resume": resume})
         return wandb
 
     wandb.init = init
     wandb.log = lambda metrics, step: wandb.rows.append({"step": step, **metrics})
-    wandb.finish = lambda: None
+    wandb.finish = lambda: wandb.rows.append({"end": True})
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     return wandb
 
@@ -553,7 +553,8 @@ def test_wandb_gets_the_metrics_and_a_resumed_run_continues_there(wandb, one_run
     train(byte_shards, tmp_path / "log", "--resume", "--wandb", "mine", checkpoint_interval=3)
     first, second = [row for row in wandb.rows if "id" in row]
     assert first["project"] == second["project"] == "mine"
-    assert first["id"] == second["id"]
+    assert first["id"] == second["id"] and second["resume"] == "allow"
+    assert [row for row in wandb.rows if "end" in row] == 2 * [wandb.rows[-1]]
     train_losses = {row["step"]: row["train"] for row in wandb.rows if "train" in row}
     assert train_losses == losses(tmp_path / "log") == losses(one_run[1])
 
