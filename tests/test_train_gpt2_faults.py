@@ -167,6 +167,7 @@ def test_the_command_that_a_stopped_run_prints_continues_it(byte_shards, tmp_pat
     done = train(byte_shards, tmp_path / "log", *FLAGS, before=at_step(2, send("SIGTERM")))
     python, script, *flags = shlex.split(done.stdout.splitlines()[-1].partition("continue with ")[2])
     assert python == "python" and "--resume" in flags and "--n_layer" not in flags
+    assert flags[flags.index("--device") + 1] == "cpu"
     [done] = Run(*flags).wait()
     assert (done.returncode, done.stderr) == (0, "")
     assert_same_run(tmp_path / "log", whole)
@@ -353,13 +354,17 @@ def test_files_are_flushed_before_they_become_visible(byte_shards, tmp_path, mon
     monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr(os, "replace", recording_replace)
     paths = ["--data_dir", byte_shards, "--log_dir", tmp_path / "log"]
-    assert call("train_gpt2", *TINY, *paths).returncode == 0
+    flags = ["--save_best", "--eval_interval", 1]
+    assert call("train_gpt2", *TINY, *flags, *paths).returncode == 0
     [renaming] = [event for event in events if event[1] == "step_000005"]
     position = events.index(renaming)
     assert set(CHECKPOINT_FILES) <= set(events[:position])
     # the directories, with the names in them, are flushed as well
     assert events[position - 1] == renaming[0]
     assert events[position + 1] == "log"
+    # the weights of a better model replace those of the best one so far
+    replacements = [i for i, event in enumerate(events) if event == 2 * ("model.safetensors",)]
+    assert replacements and {events[i - 1] for i in replacements} == {"model.safetensors"}
 
 
 # ------------------------------------------------------------------------------------- torchrun
