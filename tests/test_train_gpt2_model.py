@@ -399,6 +399,18 @@ def test_presets_have_the_published_parameter_counts(preset, count):
         assert model.config == GPTConfig()
 
 
+@pytest.mark.parametrize("preset, learning_rate", zip(PUBLISHED, [6e-4, 3e-4, 2.5e-4, 2e-4], strict=True))
+def test_presets_follow_the_recipe_of_gpt3(preset, learning_rate):
+    """Table 2.1 and appendix B of its paper, but all sizes have batches of 2**19 tokens, and 10B tokens."""
+    values = train_gpt2.PRESETS[preset]
+    assert values["learning_rate"] == learning_rate
+    assert values["total_batch_size"] == 2**19
+    assert values["warmup_steps"] == 375e6 // 2**19
+    assert values["max_steps"] == 10e9 // 2**19
+    assert (values["optimizer"], values["schedule"]) == ("adamw", "cosine")
+    assert (values["weight_decay"], values["grad_clip"], values["dropout"]) == (0.1, 1.0, 0.0)
+
+
 @gpt2
 def test_weights_start_as_those_of_gpt2():
     """N(0, 0.02), the two projections of a block scaled by (2 n_layer)^-0.5, biases 0, gains 1, padding 0."""
