@@ -412,6 +412,16 @@ def test_presets_follow_the_recipe_of_gpt3(preset, learning_rate):
 
 
 @gpt2
+def test_mfu_of_gpt2_on_two_h100s(monkeypatch):
+    """A token takes 860 MFLOP, and the peak of an H100 is 989 TFLOP/s (docs/performance.md)."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    process = train_gpt2.Process(0, 2, torch.device("cuda"), None)
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert train_gpt2.mfu(model, 1e6, process) == pytest.approx(860e12 / (2 * 989e12), rel=1e-3)
+
+
+@gpt2
 def test_weights_start_as_those_of_gpt2():
     """N(0, 0.02), the two projections of a block scaled by (2 n_layer)^-0.5, biases 0, gains 1, padding 0."""
     model = GPT(GPTConfig(vocab_size=500, block_size=64, n_layer=8, n_head=2, n_embd=64))

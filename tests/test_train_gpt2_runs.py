@@ -39,6 +39,7 @@ from conftest import (
 )
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd  # as PyTorch documents it for custom backends
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 STEP_LINE = re.compile(
@@ -210,6 +211,21 @@ def test_any_split_of_a_batch_gives_the_same_losses(one_run, byte_shards, tmp_pa
     """A step has 8 windows. The 25 windows of validation data do not divide evenly."""
     train_on_ranks(ranks, byte_shards, tmp_path / "log", micro_batch_size=micro_batch_size)
     assert_same_losses(tmp_path / "log", one_run[1])
+
+
+def test_the_ranks_communicate_in_the_last_of_four_micro_steps_only(byte_shards, tmp_path):
+    def before(rank):
+        no_sync = DistributedDataParallel.no_sync
+
+        def recording_no_sync(model):
+            with open(tmp_path / str(rank), "a") as file:
+                file.write(".")
+            return no_sync(model)
+
+        DistributedDataParallel.no_sync = recording_no_sync
+
+    train_on_ranks(2, byte_shards, tmp_path / "log", before=before, micro_batch_size=1, max_steps=2)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == 2 * ["......"]
 
 
 def test_the_default_micro_batch_divides_the_windows_of_a_rank(byte_shards, tmp_path):
