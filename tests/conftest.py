@@ -344,6 +344,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if repository not in server.files:
             self.reply(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
             return
+        # the branch main may change while files are downloaded
+        if action == "resolve" and parts[3] != COMMIT:
+            self.reply(404, X_Error_Code="RevisionNotFound", X_Error_Message="Ask for a commit")
+            return
         troubles = [trouble for trouble in server.trouble if trouble[0] == kind]
         what = None
         if troubles:

@@ -179,7 +179,7 @@ def follow(counts, probs):
 
 SETTINGS = [
     {},
-    {"temperature": 0.7},
+    {"temperature": 0.1},
     {"top_k": 5},
     {"top_k": 10_000, "temperature": 1.3},
     {"top_p": 0.9},

@@ -384,6 +384,7 @@ def test_a_directory_without_a_complete_gpt2_is_refused(tmp_path, script, damage
 
 # ----------------------------------------------------------------------------------- parameters
 PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+LEARNING_RATES = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
 
 
 @gpt2
@@ -399,7 +400,7 @@ def test_presets_have_the_published_parameter_counts(preset, count):
         assert model.config == GPTConfig()
 
 
-@pytest.mark.parametrize("preset, learning_rate", zip(PUBLISHED, [6e-4, 3e-4, 2.5e-4, 2e-4], strict=True))
+@pytest.mark.parametrize("preset, learning_rate", LEARNING_RATES.items())
 def test_presets_follow_the_recipe_of_gpt3(preset, learning_rate):
     """Table 2.1 and appendix B of its paper, but all sizes have batches of 2**19 tokens, and 10B tokens."""
     values = train_gpt2.PRESETS[preset]
