@@ -179,7 +179,7 @@ def follow(counts, probs):
 
 SETTINGS = [
     {},
-    {"temperature": 0.1},
+    {"temperature": 0.7},
     {"top_k": 5},
     {"top_k": 10_000, "temperature": 1.3},
     {"top_p": 0.9},
@@ -215,6 +215,12 @@ def test_the_next_token_is_distributed_as_transformers_says(settings, small):
         other_probs = reference_probs(logits, **other)
         if (other_probs - probs).abs().sum() > 0.1:
             assert not follow(counts, other_probs)
+
+
+def test_a_low_temperature_still_samples():
+    logits = torch.tensor([[0.0, 0.01]]).expand(1000, 2)  # divided by 0.05, a difference of 0.2
+    tokens = sample.sample_token(logits, temperature=0.05, generator=torch.Generator().manual_seed(0))
+    assert tokens.float().mean().item() == pytest.approx(1 / (1 + math.exp(-0.2)), abs=0.05)
 
 
 def test_extreme_settings_take_the_most_likely_token_of_each_row():
