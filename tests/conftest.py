@@ -176,7 +176,7 @@ class Run:
         """Return a CompletedProcess for each rank. The status is negative if a signal ended it."""
         results = []
         for rank, process in enumerate(self.processes):
-            process.join(60)
+            process.join(180)  # busy machines are slow
             assert not process.is_alive(), f"rank {rank} hangs"
             out = (self.folder / f"{rank}.out").read_text()
             err = (self.folder / f"{rank}.err").read_text()
