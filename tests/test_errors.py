@@ -178,7 +178,7 @@ def test_a_mistake_is_one_line(script, flags, words, folder, tmp_path, monkeypat
     if script == "train_gpt2":
         flags = [*NO_SHAPE, "--log_dir", "new", "--data_dir", "data", *flags]
     if script == "fineweb":  # it may keep what it has done before it finds a damaged file
-        flags = ["--local_dir", tmp_path / "out", *flags]
+        flags = ["--local_dir", tmp_path / "out", "--tokenizer", "bytes", *flags]
     done = call(script, *flags)
     statuses = [1, 2] if script in ("bigram", "gpt") else [2]
     assert_user_error(done, *words.split(), statuses=statuses)

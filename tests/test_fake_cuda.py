@@ -128,10 +128,13 @@ def test_a_training_step_waits_for_the_gpu_once(results, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_evaluation_waits_for_the_gpu_once(results, dtype):
-    """Once for the validation, HellaSwag and both samples, whatever the number of batches and tokens."""
+    """Once for the validation, HellaSwag and both samples, whatever the number of batches and tokens.
+
+    There are no samples without GPT-2's vocabulary.
+    """
     lines = [line for number, line in results[f"training {dtype}"]["waits"] if number == 0]
     # another one is for a probe of the device, and two are for float16's first step
-    assert 3 <= len(lines) <= (6 if dtype == "float16" else 4), lines
+    assert 2 <= len(lines) <= (6 if dtype == "float16" else 4), lines
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
