@@ -612,13 +612,15 @@ def get_tokenizer(name):
 
 
 # --- end of copied block: get_tokenizer ---
+# --- copied block: load_tokenizer ---
 def load_tokenizer(name):
     """Return the tokenizer with this name. Exits with an error if it cannot be loaded."""
     advice = "connect to the network once, or set TIKTOKEN_CACHE_DIR to a directory that contains it"
-    with explain("cannot load GPT-2's vocabulary", advice):
+    with explain(f"cannot load the tokenizer {name}", advice):
         return get_tokenizer(name)
 
 
+# --- end of copied block: load_tokenizer ---
 # --- copied block: write_tokenizer_files ---
 def write_tokenizer_files(name, directory):
     """Write vocab.json and merges.txt, from which transformers builds the tokenizer."""

@@ -207,7 +207,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             # only the last block_size characters matter
             logits, _ = self(idx[:, -self.config.block_size :])  # (1, T) -> (1, T, V)
-            logits = logits[:, -1].float()  # (1, V), which are bfloat16 on some GPUs
+            logits = logits[:, -1].float()  # (1, V); on some GPUs they are bfloat16
             # keep the k most likely characters: the others get logits of -inf, and probability 0
             if top_k > 0:
                 top_logits, _ = logits.topk(min(top_k, logits.shape[-1]))  # (1, k), largest first
@@ -342,7 +342,7 @@ def pick_device(name):
         return device or torch.device("cpu")
     try:
         return torch.zeros(1, device=name).device
-    except Exception as error:  # of many types
+    except Exception as error:  # a wrong name and a missing GPU raise errors of different types
         fail(f"--device {name} is not available here ({error}): omit it, or use --device cpu")
 
 
@@ -441,7 +441,7 @@ def main():
     if not args.load:
         try:
             train(model, train_data.to(device), val_data.to(device), args, chars)
-        except RuntimeError as error:  # for example a full memory
+        except RuntimeError as error:  # PyTorch raises it if the memory is full
             if "memory" not in str(error):
                 raise
             fail(f"not enough memory on {device}: use a smaller --batch_size, --block_size or --n_embd")

@@ -437,7 +437,7 @@ def pick_device(name):
 
 
 # --- end of copied block: pick_device ---
-# --- copied block: load_model ---
+# --- copied block: load_tokenizer ---
 def load_tokenizer(name):
     """Return the tokenizer with this name. Exits with an error if it cannot be loaded."""
     advice = "connect to the network once, or set TIKTOKEN_CACHE_DIR to a directory that contains it"
@@ -445,6 +445,8 @@ def load_tokenizer(name):
         return get_tokenizer(name)
 
 
+# --- end of copied block: load_tokenizer ---
+# --- copied block: load_model ---
 def load_model(name, device, dtype):
     """Load a model and its tokenizer. Returns (model, tokenizer, directory).
 

@@ -842,9 +842,8 @@ def load_hellaswag(args, tokenizer):
         say(f"no HellaSwag: create {HELLASWAG_PATH} with python hellaswag.py --prepare")
         return None
     names = ("tokens", "context_length", "length", "label")
-    with explain(
-        f"cannot use {HELLASWAG_PATH}", "repeat python hellaswag.py --prepare, or pass --hellaswag_interval 0"
-    ):
+    advice = "repeat python hellaswag.py --prepare, or pass --hellaswag_interval 0"
+    with explain(f"cannot use {HELLASWAG_PATH}", advice):
         with np.load(HELLASWAG_PATH, allow_pickle=False) as file:
             examples = {name: torch.from_numpy(file[name].astype(np.int64)) for name in names}
         longest = int(examples["length"].max())
