@@ -128,12 +128,14 @@ def test_log_of_build_nanogpt(draw, tmp_path):
     figure = draw(log_dir)
     assert len(figure.axes) == 2 and references(figure) == []
     assert "--tokens_per_step" in figure.get_supxlabel()
+    assert panel(figure, "hella").lines[0].get_xdata().tolist() == [0, 250]
     assert curves(figure, "hella")[0][1].tolist() == [0.2466, 0.2434]
+    assert legend(figure)[1:] == ["train", "validation"]
     figure = draw(log_dir, "--tokens_per_step", 524288, "--reference")
     assert figure.get_supxlabel().startswith("tokens")
     assert references(figure) == [0.2955, 0.337, 3.2924]
     low, high = panel(figure, "train").get_ylim()
-    assert low < 3.2924 < high
+    assert 2 < low < 3.2924 < high
 
 
 def test_runs_are_compared_by_tokens_if_those_of_all_are_known(draw, tmp_path):

@@ -13,7 +13,7 @@ import tiktoken
 import transformers
 from conftest import SHARED, Run, assert_user_error, at_disk_change, call, load, names_in, run
 
-TEXT = "Grüße, 世界 🙂!\r\n\x00\ttabs\n\n<|endoftext|> " + "a" * 2500 + "\n" * 1200 + "end"
+TEXT = "Grüße, Raíz, 世界 🙂!\r\n\x00\ttabs\n\n<|endoftext|> " + "a" * 2500 + "\n" * 1200 + "end"
 FILES = ["merges.txt", "meta.json", "out_train_000000.npy", "out_val_000000.npy", "vocab.json"]
 
 
