@@ -158,9 +158,10 @@ def test_the_legend_names_the_tokenizers_of_runs_that_differ(draw, tmp_path):
     assert not any("gpt2" in label for label in legend(draw(runs[0], runs[2], foreign)))
 
 
-def test_the_x_axes_are_readable_with_a_long_and_a_short_run(draw, tmp_path):
-    """Only the short run has values of HellaSwag, a millionth of the long run from the origin."""
-    long_run = write_run(tmp_path / "long", "0 train 9\n19073 train 3\n", total_batch_size=524288)
+@pytest.mark.parametrize("total_batch_size, end", [(524288, "10B"), (524, "10M")])
+def test_the_x_axes_are_readable_with_a_long_and_a_short_run(draw, tmp_path, total_batch_size, end):
+    """Only the short run has values of HellaSwag, close to the origin of the long run."""
+    long_run = write_run(tmp_path / "long", "0 train 9\n19073 train 3\n", total_batch_size=total_batch_size)
     short_run = write_run(tmp_path / "short", "0 hella 0.25\n70 hella 0.3\n", total_batch_size=128)
     figure = draw(long_run, short_run)
     figure.draw_without_rendering()
@@ -168,7 +169,7 @@ def test_the_x_axes_are_readable_with_a_long_and_a_short_run(draw, tmp_path):
         left, right = axes.get_xlim()
         ticks = [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks() if left <= tick.get_loc() <= right]
         assert len(ticks) >= 3 and max(map(len, ticks)) <= 5
-        assert ticks[0] == "0" and ticks[-1] == "10B"
+        assert ticks[0] == "0" and ticks[-1] == end
 
 
 @pytest.mark.parametrize(
