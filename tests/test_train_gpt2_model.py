@@ -389,12 +389,13 @@ LEARNING_RATES = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2
 
 @gpt2
 @pytest.mark.parametrize("preset, count", PUBLISHED.items())
-def test_presets_have_the_published_parameter_counts(preset, count):
+def test_presets_have_the_published_parameter_counts_and_heads_of_64_channels(preset, count):
     values = train_gpt2.PRESETS[preset]
     shape = {name: values[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
     with torch.device("meta"):
         model = GPT(GPTConfig(**shape))
     assert model.num_params == count
+    assert shape["n_embd"] == 64 * shape["n_head"]
     assert sum(p.numel() for p in model.parameters()) == count + (50304 - 50257) * values["n_embd"]
     if preset == "gpt2":
         assert model.config == GPTConfig()
