@@ -251,6 +251,7 @@ NOT_HERE = ["init_from gpt2", "model gpt2", "log_gpt2", "log_plays", "tinyshakes
 NOT_HERE += ["--download", "hellaswag.py"]
 
 
+@pytest.mark.gpt2
 def test_the_readme_runs_in_its_order(tmp_path, text_file, tiktoken_cache, monkeypatch):
     """In one directory, each shortened only by flags behind it, then the examples in Python."""
     shutil.copy(ROOT / "input.txt", tmp_path)

@@ -439,6 +439,7 @@ def test_one_line_on_stderr_says_which_model_it_is(tmp_path):
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # slow, because each length is new to it
 
 
+@pytest.mark.gpt2
 def test_a_checkpoint_of_the_trainer_continues_as_the_trainer_says(tmp_path, byte_shards):
     log_dir = tmp_path / "log"
     done = call("train_gpt2", *TINY, "--data_dir", byte_shards, "--log_dir", log_dir)
