@@ -284,6 +284,7 @@ def test_json_lines_may_have_a_byte_order_mark_windows_line_ends_and_blank_lines
 def test_prepare_writes_the_arrays_that_the_trainer_reads(tmp_path, examples, monkeypatch, tiktoken_cache):
     monkeypatch.chdir(tmp_path)
     data = write_parquet(tmp_path / "val.parquet", examples)
+    os.mkdir("hellaswag")  # exists if the examples were downloaded
     done = call("hellaswag", "--prepare", "--data", data, "--limit", 150)
     assert done.returncode == 0, done.stderr
     assert os.listdir("hellaswag") == ["hellaswag_val.npz"]
