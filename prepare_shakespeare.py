@@ -80,7 +80,7 @@ def tokenize(tokenizer, text):
     else:
         # no special tokens are allowed: <|endoftext|> in the text is text like any other
         tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
-    # "unsafe" allows to convert larger integers to uint16: all token ids fit
+    # NumPy narrows integers only with casting="unsafe"; every token id fits into uint16
     return np.concatenate(([tokenizer.eot_token], tokens), dtype="<u2", casting="unsafe")
 
 
@@ -132,7 +132,7 @@ def is_written(out_dir, tokenizer_name, source):
     """Return whether out_dir contains this data set. Exits with an error if it has other files."""
     if not os.path.isdir(out_dir) or not os.listdir(out_dir):
         return False
-    # the directory was renamed when it was complete: its meta.json is enough to know it
+    # The directory got its name when it was complete, so meta.json tells which data set it is.
     with explain(f"--out_dir {out_dir} contains other files", "choose another --out_dir, or delete it"):
         with open(f"{out_dir}/meta.json", encoding="utf-8") as file:
             meta = json.load(file)

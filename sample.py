@@ -13,7 +13,7 @@ the probabilities for the token after it, and so on.
 A single sample is printed token by token, several at the end. Without --prompt, the script asks for
 prompts on a terminal, and starts a new document otherwise. On the same machine, the same flags
 produce the same text every time. Expect about 30 tokens per second from GPT-2 124M on two CPU
-cores. On some CPUs, --dtype bfloat16 is two to three times as fast.
+cores. On some CPUs, --dtype bfloat16 is two to four times as fast.
 
 Sections: errors, sampling, text, model, loading, command line.
 """

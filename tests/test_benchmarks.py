@@ -74,7 +74,7 @@ def test_a_benchmark_compares_with_its_peer(name, benchmark, tiktoken_cache):
 
 # -------------------------------------------------------------------------- variants of the step
 def step_args(**changes):
-    """Return the arguments of bench_step.py for a model of 100,000 parameters."""
+    """Return the arguments of bench_step.py for a model of 400,000 parameters."""
     args = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "micro_batch_size": 2}
     args |= {"grad_accum_steps": 1, "device": "cpu", "dtype": "float32"}
     return argparse.Namespace(**{**args, **changes})
