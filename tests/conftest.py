@@ -29,18 +29,18 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+sys.path.append(str(ROOT / "benchmarks"))  # so that benchmarks can import common.py
 
-# Without a network: hosts other than this one are asked through a proxy that does not exist
-# (nothing listens on port 9).
+# No network: requests to other hosts go to a proxy on port 9, where nothing listens.
 for name in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ[name] = os.environ[name.upper()] = "http://127.0.0.1:9"
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp(prefix="hf_home_")}
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are fastest so, and one thread adds in one order
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models run fastest on one thread, which also adds in a fixed order
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(name, None)
 os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken_cache")  # see the fixture of the same name
-# A shell's background job ignores Ctrl-C, and so do the processes that it starts.
+# A shell's background job ignores SIGINT, and so do the processes that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np  # noqa: E402 (after the variables of the environment)
@@ -81,14 +81,18 @@ def tiny_flags(**changes):
     return flags
 
 
+# An example of HellaSwag for the tokenizer "bytes".
+EXAMPLE = {"ind": 5, "label": 1, "ctx": "a", "endings": ["b", "c", "d", "e"]}
+
 TINY = tiny_flags()
 NO_SHAPE = tiny_flags(n_layer=None, n_head=None, n_embd=None)  # for --init_from
 
 
 # ------------------------------------------------------------------------------------- scripts
 def load(script):
-    """Return a fresh copy of a script as a module with the script's name."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / f"{script}.py")
+    """Return a fresh copy of a script or a benchmark as a module with its name."""
+    folder = ROOT if script in SCRIPTS else ROOT / "benchmarks"
+    spec = importlib.util.spec_from_file_location(script, folder / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[script] = module
     spec.loader.exec_module(module)
@@ -114,15 +118,12 @@ def call(script, *args):
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             mock.patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, args)]),
-            mock.patch.object(os, "_exit", sys.exit),  # a rank ends so
-            mock.patch.dict(os.environ),  # restores it
+            mock.patch.object(os, "_exit", sys.exit),  # train_gpt2.py ends a rank with it
+            mock.patch.dict(os.environ),  # restores the environment
         ):
             main()
     except SystemExit as stop:
         status = stop.code or 0
-        if isinstance(status, str):  # sys.exit("error: ...") prints it
-            err.write(f"{status}\n")
-            status = 1
     finally:
         for number, handler in handlers.items():  # so that Ctrl-C still ends the tests
             signal.signal(number, handler)
@@ -133,13 +134,29 @@ def call(script, *args):
     return subprocess.CompletedProcess(args, status, *texts)
 
 
-def assert_user_error(done, *needles, statuses=(2,)):
+def succeed(script, *args):
+    """Run a script as call does. It must end with status 0. Returns its CompletedProcess."""
+    done = call(script, *args)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def assert_user_error(done, *needles):
     """Check that a script ended with status 2 and one line on stderr that contains the needles."""
-    assert done.returncode in statuses, done.stdout[-500:] + done.stderr
+    assert done.returncode == 2, done.stdout[-500:] + done.stderr
     assert done.stderr.startswith("error: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     for needle in needles:
         assert str(needle) in done.stderr, done.stderr
+
+
+def assert_late_error(done, *needles):
+    """Check for a user error after the line on stderr that names the model, and for no output."""
+    model, error = done.stderr.split("\n", 1)
+    assert model.startswith("model: ")
+    done.stderr = error
+    assert_user_error(done, *needles)
+    assert done.stdout == ""
 
 
 def command(script, *args):
@@ -158,8 +175,8 @@ def run(script, *args, env=None, cwd=None):
 class Run:
     """A run of a script in one forked process for each rank.
 
-    before(rank) is called in each process, for example to inject a fault. A fork takes a fraction of
-    a second if this process has run the script before: everything is imported then.
+    before(rank) is called in each process, for example to inject a fault. A fork starts in a fraction
+    of a second if this process has run the script before, because everything is imported then.
     """
 
     def __init__(self, *flags, script="train_gpt2", ranks=1, before=None):
@@ -191,12 +208,13 @@ def run_rank(folder, script, rank, ranks, flags, before):
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        # the ranks meet at a file: a port could be taken meanwhile
+        # the ranks find each other through a file: another program could take a port
         store = torch.distributed.FileStore(str(folder / "store"), ranks)
         init = torch.distributed.init_process_group
 
-        def meet_at_file(backend, **options):
-            init(backend, **{**options, "store": store})
+        def meet_at_file(backend, timeout, **options):
+            assert timeout.total_seconds() >= 3600  # a rank waits for evaluations and checkpoints of others
+            init(backend, timeout=timeout, **{**options, "store": store})
 
         torch.distributed.init_process_group = meet_at_file
     if before:
@@ -207,14 +225,14 @@ def run_rank(folder, script, rank, ranks, flags, before):
 
 @cache
 def compiled(script):
-    """Return the path of a script as bytecode, because some are long and start often."""
+    """Compile a script, which takes time at each start otherwise. Returns the path of the bytecode."""
     path = tempfile.mktemp(suffix=".pyc")
     return py_compile.compile(str(ROOT / f"{script}.py"), path, doraise=True)
 
 
 # --------------------------------------------------------------------------------------- faults
 def at_step(step, action, rank=None):
-    """For before of a Run: call action() in this optimizer step of the process."""
+    """Return a function for Run(before=...) that calls action() in this optimizer step of a process."""
 
     def before(this_rank):
         steps = itertools.count()
@@ -230,7 +248,7 @@ def at_step(step, action, rank=None):
 
 
 def at_loss(number, change, training=True, rank=None):
-    """For before of a Run: replace the loss of one micro-batch by change(loss)."""
+    """Return a function for Run(before=...) that replaces the loss of one micro-batch by change(loss)."""
 
     def before(this_rank):
         calls = itertools.count()
@@ -238,7 +256,7 @@ def at_loss(number, change, training=True, rank=None):
 
         def faulty_cross_entropy(logits, targets, **options):
             loss = cross_entropy(logits, targets, **options)
-            # the warm-up of DDP has zeros only
+            # leaves out the warm-up of DDP, whose targets are all 0
             if logits.requires_grad == training and targets.any():
                 if next(calls) == number and rank in (None, this_rank):
                     loss = change(loss)
@@ -250,7 +268,7 @@ def at_loss(number, change, training=True, rank=None):
 
 
 def at_disk_change(directory, action):
-    """For before of a Run: call action(n) before the n-th change below a directory."""
+    """Return a function for Run(before=...) that calls action(n) before the n-th change below a directory."""
     changes = {"os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 
     def before(rank):
@@ -278,6 +296,21 @@ def send(*names):
             signal.raise_signal(getattr(signal, name))
 
     return action
+
+
+def limit_files(num_bytes):
+    """Let no file become larger, as on a full disk."""
+    import resource  # Windows does not have it
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+
+
+def wait_until(condition):
+    """Wait until condition() holds. Fails after a minute."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
 
 
 def truncate(path):
@@ -315,10 +348,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """The part of the Hugging Face Hub from which models and data sets are downloaded.
 
     server.files:    {repository: {file name: content}}
-    server.log:      (kind, path) of the requests so far; kinds are "info", "tree", "HEAD" and "GET"
+    server.log:      (kind, path) of the requests so far; kinds are "info", "HEAD" and "GET"
     server.trouble:  a list of (kind, what goes wrong once): an HTTP status, or for "GET" "drop" (the
-                     connection breaks), "truncated" (with a header that says it is all) or "damaged"
-                     (one bit has changed)
+                     connection breaks after half of the file), "truncated" (half of the file, with a
+                     Content-Length that fits it) or "damaged" (one bit has changed)
     server.refuses(request) tells whether a request is answered with 503, and server.hangs(request)
     whether it is never answered.
     """
@@ -331,10 +364,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         path = urllib.parse.unquote(self.path.split("?")[0])
-        # for example /me/model/resolve/COMMIT/NAME or /api/datasets/me/texts/tree/COMMIT/FOLDER
+        # for example /me/model/resolve/COMMIT/NAME or /api/datasets/me/texts
         parts = re.sub("^(/api)?(/datasets|/models)?/", "", path).split("/")
         repository, action, name = "/".join(parts[:2]), "".join(parts[2:3]), "/".join(parts[4:])
-        kind = {"tree": "tree", "resolve": self.command}.get(action, "info")
+        kind = self.command if action == "resolve" else "info"
         server.log.append((kind, path))
         if server.hangs(self):
             time.sleep(1000)
@@ -357,8 +390,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.reply(what, b"busy")
         elif kind == "info":
             self.reply_info(repository)
-        elif kind == "tree":
-            self.reply_tree(repository, name)
         else:
             self.reply_file(server.files[repository].get(name), what)
 
@@ -398,24 +429,19 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="not found")
             return
         # the Hub's ETag of a large file is its SHA-256
-        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Repo_Commit": COMMIT}
         if what == "damaged":
             middle = len(body) // 2
             body = body[:middle] + bytes([body[middle] ^ 4]) + body[middle + 1 :]
-        first_byte = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if first_byte:
-            first = int(first_byte[1])
-            content_range = f"bytes {first}-{len(body) - 1}/{len(body)}"
-            self.reply(206, body[first:], Content_Range=content_range, **headers)
-        elif what == "truncated":
+        if what == "truncated":
             self.reply(200, body[: len(body) // 2], **headers)
         else:
             self.reply(200, body, len(body) // 2 if what == "drop" else None, **headers)
 
 
 @pytest.fixture
-def hub(tmp_path_factory, monkeypatch):
-    """A Hub without repositories, which this process and the processes that it starts use."""
+def hub(monkeypatch):
+    """A Hub without repositories, which this process and its forks use."""
     from huggingface_hub import constants  # imported here because it is slow
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -423,11 +449,8 @@ def hub(tmp_path_factory, monkeypatch):
     server.files, server.log, server.trouble = {}, [], []
     server.refuses = server.hangs = lambda request: False
     server.url = f"http://127.0.0.1:{server.server_port}"
-    home = str(tmp_path_factory.mktemp("hf"))
-    for name, value in (("HF_ENDPOINT", server.url), ("HF_HOME", home), ("HF_HUB_OFFLINE", "0")):
-        monkeypatch.setenv(name, value)
-    for name, value in (("ENDPOINT", server.url), ("HF_HUB_CACHE", home), ("HF_HUB_OFFLINE", False)):
-        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -508,7 +531,10 @@ def write_data_set(directory, train, val, vocab_size=257):
 
 
 def read_windows(path, block_size):
-    """Return the windows of a .npy shard, by brute force: lists of block_size + 1 tokens that share their ends."""
+    """Return the windows of a .npy shard, by brute force: lists of block_size + 1 tokens.
+
+    Each begins with the last token of the one before.
+    """
     tokens = np.load(path, allow_pickle=False).tolist()
     return [tokens[i : i + block_size + 1] for i in range(0, len(tokens) - block_size, block_size)]
 
@@ -525,8 +551,7 @@ def text_file(tmp_path_factory):
 def byte_shards(tmp_path_factory, text_file):
     """The data set that prepare_shakespeare.py makes of text_file, one token per byte."""
     directory = tmp_path_factory.mktemp("data") / "excerpt"
-    done = call("prepare_shakespeare", "--input", text_file, "--out_dir", directory)
-    assert done.returncode == 0, done.stderr
+    succeed("prepare_shakespeare", "--input", text_file, "--out_dir", directory)
     return directory
 
 
@@ -547,6 +572,10 @@ def replace_tokens(path):
 
 
 # ------------------------------------------------------------------------------ optional things
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
+
+
 @pytest.fixture
 def tiktoken_cache():
     """The folder with GPT-2's vocabulary, which TIKTOKEN_CACHE_DIR names in every test."""

@@ -2,17 +2,15 @@
 
 import math
 import os
-import pickle
 import re
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Run, assert_user_error, call, load
+from conftest import ROOT, Run, call, load
 
 bigram = load("bigram")
 gpt = load("gpt")
@@ -36,10 +34,10 @@ def make_gpt(vocab_size=11, **changes):
     return gpt.GPT(gpt.GPTConfig(vocab_size, **shape))
 
 
-def randomize(model, std=0.5):
+def randomize(model):
     """Give a model weights that are large enough for clear differences between its logits."""
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=std)
+        torch.nn.init.normal_(parameter, std=0.5)
     return model.eval()
 
 
@@ -52,15 +50,6 @@ def estimates_of(done):
 def sample_of(done):
     """Return what a script printed after its last loss estimate."""
     return done.stdout.rsplit("loss ", 1)[1].split("\n", 1)[1]
-
-
-# ------------------------------------------------------------------------------------------ data
-@both_scripts_small
-def test_a_byte_order_mark_is_not_text(script, flags, tmp_path):
-    text = "wörld 世 hello " * 60
-    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    done = call(script, "--input", tmp_path / "text.txt", *flags, "--max_steps", 1)
-    assert f"{len(set(text))} characters" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------- bigram
@@ -116,8 +105,6 @@ def transformers_gpt2(model, dropout=0.0):
         n_head=model.config.n_head,
         n_embd=model.config.n_embd,
         activation_function=model.config.activation,
-        bos_token_id=0,
-        eos_token_id=0,
         embd_pdrop=dropout,
         attn_pdrop=dropout,
         resid_pdrop=dropout,
@@ -158,19 +145,6 @@ def test_the_model_equals_gpt2_of_transformers_with_an_untied_head(activation):
     assert model(idx)[1] is None
 
 
-def test_dropout_is_where_transformers_has_it():
-    """With the same random numbers, both models drop the same activations and attention weights."""
-    model = randomize(make_gpt(dropout=0.25))
-    reference = transformers_gpt2(model, dropout=0.25)
-    idx = torch.randint(11, (3, 8))
-    logits = {}
-    for name, one in (("ours", model), ("reference", reference)):
-        torch.manual_seed(5)
-        logits[name] = one.train()(idx)
-    torch.testing.assert_close(logits["ours"][0], logits["reference"].logits)
-    assert not torch.allclose(logits["ours"][0], model.eval()(idx)[0])
-
-
 def test_weights_start_from_a_normal_distribution_with_std_0_02():
     for name, parameter in make_gpt(n_embd=96, n_head=4, vocab_size=65).named_parameters():
         if parameter.dim() == 2:
@@ -181,19 +155,8 @@ def test_weights_start_from_a_normal_distribution_with_std_0_02():
 
 
 # -------------------------------------------------------------------------------------- training
-def test_estimate_loss_is_the_mean_over_all_windows_without_dropout():
-    data = torch.randint(11, (300,), generator=torch.Generator().manual_seed(1))
-    model = randomize(make_gpt(dropout=0.5))
-    positions = torch.arange(len(data) - 8)[:, None] + torch.arange(8)  # all windows
-    with torch.no_grad():
-        logits, _ = model(data[positions])
-    expected = F.cross_entropy(logits.flatten(0, 1), data[positions + 1].flatten())
-    model.train()
-    assert gpt.estimate_loss(model, data, 100, 32, 8) == pytest.approx(expected.item(), rel=0.03)
-    assert model.training
-
-
 def test_training_equals_a_plain_loop_around_transformers(text_file, tmp_path):
+    """With the same random numbers, dropout drops the same activations and attention weights."""
     flags = [*SMALL_GPT, "--max_steps", 130, "--learning_rate", 0.01, "--seed", 7]
     flags += ["--activation", "gelu", "--dropout", 0.1]
     done = call("gpt", "--input", text_file, *flags, "--save", tmp_path / "model.pt")
@@ -225,7 +188,8 @@ def test_training_equals_a_plain_loop_around_transformers(text_file, tmp_path):
     with torch.no_grad():
         idx = data[:1600].view(100, 16)
         difference = model.eval()(idx)[0] - reference.eval()(idx).logits
-    # rounding grows to 0.00001; without clipping, or with other betas or learning rates, it is above 0.2
+    # Rounding makes a difference of 0.00001. Without clipping, or with other betas or learning
+    # rates, the difference is above 0.2.
     assert difference.abs().mean() < 0.01
 
 
@@ -326,24 +290,19 @@ def test_ctrl_c_keeps_the_best_model_and_each_loss_is_printed_at_once(text_file,
     assert gpt.estimate_loss(model, val_data, 4, 4, 16) <= best + 1e-4
 
 
-def test_a_saved_model_is_not_overwritten(text_file, tmp_path):
-    (tmp_path / "model.pt").write_text("an older model")
-    done = call("gpt", "--input", text_file, *SMALL_GPT, "--save", tmp_path / "model.pt")
-    assert_user_error(done, "--save", tmp_path / "model.pt")
-    assert (tmp_path / "model.pt").read_text() == "an older model"
-
-
 # ------------------------------------------------------------------------------ terminals and errors
 @posix
 @both_scripts_small
-def test_terminal_that_cannot_show_a_character_shows_a_question_mark(script, flags, tmp_path):
-    (tmp_path / "text.txt").write_text("世界ö" * 200, encoding="utf-8")
+def test_a_terminal_that_lacks_a_character_shows_a_question_mark(script, flags, tmp_path):
+    """The byte order mark with which the file begins is not a character of the text."""
+    (tmp_path / "text.txt").write_text("世界ö" * 200, encoding="utf-8-sig")
 
     def use_ascii(rank):
         sys.stdout.reconfigure(encoding="ascii")
 
     [done] = Run("--input", tmp_path / "text.txt", *flags, script=script, before=use_ascii).wait()
     assert (done.returncode, done.stderr) == (0, "")
+    assert "3 characters" in done.stdout
     assert "?" in sample_of(done)
 
 
@@ -356,40 +315,3 @@ def test_the_validation_part_must_be_longer_than_a_sequence(script, num_lines, s
     flags = ["--block_size", 16, "--max_steps", 1, "--eval_iters", 1, "--max_new_tokens", 1]
     done = call(script, "--input", tmp_path / "text.txt", *flags)
     assert done.returncode == status
-
-
-WRONG_FLAGS = [
-    ("--dropout", 1),
-    ("--top_k", -3),
-    ("--eval_interval", 0),
-    ("--stop", "ß"),
-    ("--save", "nowhere/model.pt"),
-]
-
-
-@pytest.mark.parametrize("flag, value", WRONG_FLAGS)
-def test_a_flag_that_makes_no_sense_is_an_error(flag, value, text_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert_user_error(call("gpt", "--input", text_file, *SMALL_GPT, flag, value), flag, str(value)[-1])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_that_is_not_a_model_is_an_error_and_runs_no_code(tmp_path):
-    (tmp_path / "code.pt").write_bytes(pickle.dumps(print, protocol=2))
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "weight.pt")
-    for name in ("code.pt", "weight.pt"):
-        assert_user_error(call("gpt", "--load", tmp_path / name, "--device", "cpu"), "--load", tmp_path / name)
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="only Linux limits the memory of a process reliably")
-def test_training_that_does_not_fit_in_memory_is_an_error(text_file):
-    """The process may use 2 GB more than now, so that the run fails at once and does no harm."""
-    import resource  # Windows does not have it
-
-    def limit_memory(rank):
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        size = pages * resource.getpagesize() + 2 * 10**9
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
-
-    [done] = Run("--input", text_file, *SMALL_GPT, "--batch_size", 10**9, script="gpt", before=limit_memory).wait()
-    assert_user_error(done, "--batch_size")

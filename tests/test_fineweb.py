@@ -5,18 +5,14 @@ promise is tested again and again: whatever happens to a run, the same command e
 of an undisturbed run. RANDOM_KILLS=20 repeats the test with random SIGKILLs 20 times.
 """
 
-import contextlib
 import glob
 import hashlib
-import io
 import itertools
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
-import sys
 import threading
 import time
 
@@ -32,9 +28,10 @@ from conftest import (
     at_disk_change,
     call,
     flip_bit,
-    load,
+    limit_files,
     run,
     truncate,
+    wait_until,
     write_bin,
 )
 
@@ -73,11 +70,7 @@ def write_json_lines(path, texts):
             file.write(json.dumps(line).encode() + b"\n")
 
 
-def encode_bytes(text):
-    return list(text.encode())
-
-
-def reference(texts, encode=encode_bytes, end_of_text=END_OF_TEXT):
+def reference(texts, encode=str.encode, end_of_text=END_OF_TEXT):
     """Return all tokens in order, computed one document at a time."""
     tokens = []
     for text in texts:
@@ -127,14 +120,6 @@ def run_forked(*flags, before):
     return done
 
 
-def wait_until(condition, run):
-    """Wait until condition() holds. Fails if the run ends before."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert run.processes[0].is_alive() and time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Three parquet files (the second has no rows), and the shards of an undisturbed run."""
@@ -158,17 +143,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def unfinished(data, tmp_path):
-    """A directory in which a run ended after several shards, and its flags.
-
-    The second parquet file is damaged in the middle: its footer and its first rows are sound.
-    """
-    good, bad = tmp_path / "in/000.parquet", tmp_path / "in/001.parquet"
-    write_parquet(good, data["texts"])
-    content = good.read_bytes()
-    third = len(content) // 3
-    bad.write_bytes(content[:third] + bytes(5000) + content[third + 5000 :])
+    """A directory in which a run ended after several shards, at a file that is not parquet, and its flags."""
+    bad = tmp_path / "bad.parquet"
+    bad.write_bytes(b"not parquet")
     directory = tmp_path / "out"
-    flags = [*BYTES, "--source", good, bad, "--local_dir", directory, "--shard_size", 15000]
+    flags = [*BYTES, "--source", data["paths"][0], bad, "--local_dir", directory, "--shard_size", 15000]
     assert_user_error(call("fineweb", *flags), bad)
     assert len(list(directory.glob("*.npy"))) >= 3
     return directory, flags
@@ -176,7 +155,10 @@ def unfinished(data, tmp_path):
 
 # --------------------------------------------------------------------------------- exact tokens
 def at_the_same_time(n, function):
-    """Return function, but its first n calls wait for each other. Fails after 10 seconds."""
+    """Return function with a barrier: its first n calls go on when all have begun, which takes n threads.
+
+    Fails after 10 seconds.
+    """
     all_calls = threading.Barrier(n)
     numbers = itertools.count()
 
@@ -216,10 +198,9 @@ def test_gpt2_tokens_equal_encode_ordinary_up_to_the_limit(data, tmp_path, tikto
     flags = ["--source", *data["paths"], "--shard_size", 1000, "--local_dir", tmp_path / "out"]
     succeed(*flags, "--max_tokens", 5555)
     assert read_shards(tmp_path / "out", 1000) == expected[:5555]
-    # the files from which transformers builds the tokenizer
+    # the file from which transformers builds the tokenizer
     vocab = json.loads((tmp_path / "out/vocab.json").read_text(encoding="utf-8"))
     assert vocab["Hello"] == enc.encode_ordinary("Hello")[0]
-    assert len((tmp_path / "out/merges.txt").read_text(encoding="utf-8").splitlines()) == 50_001
 
 
 def random_text(generator, symbols):
@@ -236,7 +217,7 @@ def random_text(generator, symbols):
 
 def difficult_texts():
     """Return texts full of whitespace and other characters that GPT-2's pattern treats specially."""
-    # the 25 characters that \s matches, and four that Python adds to them
+    # Python's isspace() is true for the 25 characters that \s matches, and for four others
     spaces = [chr(code) for code in range(0x110000) if chr(code).isspace()]
     texts = [f"a {space}{space}b{space}c" for space in spaces]
     # all strings of up to four of ten characters that matter
@@ -303,17 +284,20 @@ def test_json_lines_give_the_tokens_of_their_texts(data, tmp_path):
 
 
 # ----------------------------------------------------------------------------------- small data
-@pytest.mark.parametrize("extra", [0, 1])
-def test_the_last_tenth_of_small_data_is_for_validation(data, tmp_path, extra):
-    """All tokens fit into one shard, which may be larger than the data by some extra tokens."""
+@pytest.mark.parametrize("extra, max_tokens", [(0, 0), (1, 0), (1, 50_000)])
+def test_the_last_tenth_of_small_data_is_for_validation(data, tmp_path, extra, max_tokens):
+    """The shard size is the number of tokens, or one more, so that all fit into one shard."""
     expected = reference(data["texts"])
     flags = [*BYTES, "--source", *data["paths"], "--shard_size", len(expected) + extra]
+    flags += ["--max_tokens", max_tokens]
+    expected = expected[: max_tokens or None]
     printed = succeed(*flags, "--local_dir", tmp_path / "out")
     val = np.load(tmp_path / "out/shard_val_000000.npy").tolist()
     train = np.load(tmp_path / "out/shard_train_000001.npy").tolist()
     assert train + val == expected
     assert val[0] == END_OF_TEXT
-    longest = max(len(encode_bytes(text or "")) for text in data["texts"])
+    # validation begins with the first document of the last tenth
+    longest = max(len((text or "").encode()) for text in data["texts"])
     assert 0.1 * len(expected) - longest - 1 <= len(val) <= 0.1 * len(expected)
     assert f"{len(val):,}" in printed
     # the same command again, and --verify, accept the directory
@@ -331,17 +315,11 @@ def test_small_data_have_at_least_one_document_for_validation(tmp_path, texts):
     assert [shard.tolist() for shard in shards] == [reference([text]) for text in texts]
 
 
-def test_a_limit_below_one_shard_makes_two_shards(data, tmp_path):
-    succeed(*data["flags"], "--max_tokens", 5000, "--local_dir", tmp_path / "out")
-    shards = [np.load(tmp_path / "out" / name) for name in ("shard_train_000001.npy", "shard_val_000000.npy")]
-    assert np.concatenate(shards).tolist() == reference(data["texts"])[:5000]
-
-
 # -------------------------------------------------------------------------------- interruptions
 @posix
 @pytest.mark.parametrize("seed", range(int(os.environ.get("RANDOM_KILLS", "1"))))
 def test_a_run_killed_at_random_moments_continues_to_the_same_shards(data, tmp_path, seed):
-    """Kill the run until it ends by itself, each time a random while after its next shard."""
+    """Kill the run four times, each time a random while after some more shards. Then let it end."""
     flags = [*BYTES, "--shard_size", 15013, "--source", *8 * [data["paths"][0]]]
     succeed(*flags, "--local_dir", tmp_path / "whole")
     num_shards = len(list(tmp_path.glob("whole/*.npy")))
@@ -351,7 +329,7 @@ def test_a_run_killed_at_random_moments_continues_to_the_same_shards(data, tmp_p
     for _ in range(4):
         run = Run(*flags, "--local_dir", directory, script="fineweb")
         shards += generator.randrange(num_shards // 4)
-        wait_until(lambda goal=shards: len(list(directory.glob("*.npy"))) >= goal, run)
+        wait_until(lambda goal=shards: len(list(directory.glob("*.npy"))) >= goal)
         time.sleep(generator.uniform(0, 0.03))
         run.processes[0].kill()
         assert run.wait()[0].returncode in (0, -signal.SIGKILL)
@@ -404,15 +382,9 @@ def test_ctrl_c_ends_the_run_at_once_and_it_continues(data, tmp_path):
 
 @posix
 def test_a_full_disk_is_one_line_and_the_run_continues(data, tmp_path):
-    """A limit on the size of files stands in for the full disk."""
-    import resource  # Windows does not have it
-
-    def limit_files(rank):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, resource.RLIM_INFINITY))
-
     flags = [*BYTES, "--source", *data["paths"], "--shard_size", 60_000]
     flags += ["--local_dir", tmp_path / "out"]
-    assert_user_error(run_forked(*flags, before=limit_files))
+    assert_user_error(run_forked(*flags, before=lambda rank: limit_files(80_000)))
     succeed(*flags)
     assert read_shards(tmp_path / "out", 60_000) == reference(data["texts"])
 
@@ -420,55 +392,11 @@ def test_a_full_disk_is_one_line_and_the_run_continues(data, tmp_path):
 def test_a_damaged_parquet_file_is_named_and_finished_shards_stay(data, unfinished):
     directory, flags = unfinished
     times = {path: path.stat().st_mtime_ns for path in directory.glob("*.npy")}
-    assert_user_error(call("fineweb", *flags), "001.parquet")
+    assert_user_error(call("fineweb", *flags), "bad.parquet")
     assert {path: path.stat().st_mtime_ns for path in directory.glob("*.npy")} == times
 
 
 # ------------------------------------------------------------------------------------- mistakes
-# test_errors.py has the mistakes of all scripts; here are those that only this one has
-MISTAKES = [  # flags, words of the one line on stderr
-    ("--source good.parquet --shard_size 100000000000000000", ["--shard_size"]),
-    ("--source no_texts.parquet", ["--source", "--text_column"]),
-    ("--source one.jsonl", ["--source", "prepare_shakespeare.py"]),
-    ("--source one.jsonl --text_column body", ["one.jsonl", "body", "--text_column"]),
-    ("--source one.jsonl --text_column id", ["one.jsonl", "id"]),
-    ("--source truncated.jsonl", ["truncated.jsonl"]),
-    ("--source truncated.jsonl.gz", ["truncated.jsonl.gz"]),
-    ("--source not_utf8.jsonl", ["not_utf8.jsonl"]),
-    ("--source text.txt", ["text.txt", "--source", ".jsonl"]),
-]
-
-
-@pytest.fixture(scope="module")
-def mistakes(data, tmp_path_factory):
-    """A folder with the files that MISTAKES names."""
-    folder = tmp_path_factory.mktemp("mistakes")
-    write_parquet(folder / "no_texts.parquet", [None, ""])
-    shutil.copy(data["paths"][0], folder / "good.parquet")
-    (folder / "text.txt").write_text("a text")
-    (folder / "not_utf8.jsonl").write_bytes(b'{"text": "\xe9"}\n')
-    for name in ("one.jsonl", "truncated.jsonl", "truncated.jsonl.gz"):
-        write_json_lines(folder / name, ["a text"])
-    for name in ("truncated.jsonl", "truncated.jsonl.gz"):
-        truncate(folder / name)
-    return folder
-
-
-@pytest.mark.parametrize(("flags", "words"), MISTAKES, ids=[flags for flags, _ in MISTAKES])
-def test_a_mistake_is_one_line(flags, words, mistakes, tmp_path, monkeypatch):
-    monkeypatch.chdir(mistakes)
-    flags = ["--local_dir", tmp_path / "out", *shlex.split(flags)]
-    assert_user_error(call("fineweb", *BYTES, *flags), *words)
-    assert not (tmp_path / "out/meta.json").exists()
-
-
-def test_after_a_mistake_the_corrected_command_works(data, tmp_path):
-    flags = [*data["flags"], "--local_dir", tmp_path / "out"]
-    assert_user_error(call("fineweb", *flags, "--text_column", "body"), "body")
-    succeed(*flags)
-    assert contents(tmp_path / "out") == data["files"]
-
-
 def test_other_settings_and_files_are_refused(data, tmp_path, tiktoken_cache):
     directory = tmp_path / "out"
     shutil.copytree(data["folder"] / "out", directory)
@@ -528,7 +456,7 @@ def test_a_directory_in_use_is_refused(data, tmp_path):
 
     flags = [*data["flags"], "--local_dir", directory]
     run = Run(*flags, script="fineweb", before=at_disk_change(directory, hang))
-    wait_until(lambda: list(directory.glob("*.npy")), run)
+    wait_until(lambda: list(directory.glob("*.npy")))
     done = call("fineweb", *flags)
     run.processes[0].kill()
     assert_user_error(done, directory)
@@ -542,10 +470,9 @@ def test_windows_and_file_systems_without_locks(data, tmp_path, simulation):
     flags = [*data["flags"], "--local_dir", tmp_path / "out", "--max_tokens", 50_000]
     done = run("fineweb", *flags, env=simulated)
     assert done.returncode == 0, done.stderr
-    # without locks there is one warning, which names the directory
-    num_warnings = done.stderr.count("warning: ")
-    assert num_warnings == done.stderr.count("\n") <= 1
-    assert simulation == "win" or str(tmp_path / "out") in done.stderr
+    assert done.stderr.count("\n") == done.stderr.count("warning: ") <= 1
+    if simulation == "noflock":
+        assert str(tmp_path / "out") in done.stderr
     assert read_shards(tmp_path / "out", SHARD_SIZE) == reference(data["texts"])[:50_000]
 
 
@@ -565,9 +492,7 @@ def test_verify_names_every_damaged_shard(data, tmp_path):
     directory = tmp_path / "out"
     shutil.copytree(data["folder"] / "out", directory)
     val, *train = sorted(data["shards"], key=lambda name: name[-10:])
-    with open(directory / train[0], "r+b") as file:
-        file.seek(1000)
-        file.write(b"\x01\x00\x02")
+    flip_bit(directory / train[0])
     truncate(directory / train[1])
     (directory / val).unlink()
     assert_user_error(call("fineweb", "--verify", directory), val, *train[:2])
@@ -595,26 +520,19 @@ def test_verify_reads_shards_of_other_projects(tmp_path, tiktoken_cache):
     printed = succeed("--verify", tmp_path / "bin")
     assert "train: 1 shards, 5 tokens, 2 documents" in printed
     assert "val: 1 shards, 3 tokens, 1 documents" in printed
-    # token ids that GPT-2 does not have, half of a file, another file
+    # a token id that GPT-2 does not have
     shard = tmp_path / "bin/fineweb_train_000001.bin"
     write_bin(shard, [65535])
     assert_user_error(call("fineweb", "--verify", tmp_path / "bin"), shard.name)
-    for content in (shard.read_bytes()[:-1], bytes(1034), b""):
-        shard.write_bytes(content)
-        assert_user_error(call("fineweb", "--verify", tmp_path / "bin"), shard.name)
 
 
-def test_verify_prints_any_text_on_an_ascii_terminal(tmp_path, monkeypatch):
+def test_verify_prints_any_text_on_an_ascii_terminal(tmp_path):
     text = "東京 🙂 naïve"
     write_parquet(tmp_path / "in.parquet", [text, text])
     flags = [*BYTES, "--source", tmp_path / "in.parquet", "--local_dir", tmp_path / "out"]
     succeed(*flags, "--shard_size", 1 + len(text.encode()))  # each document is a shard
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "argv", ["fineweb.py", "--verify", str(tmp_path / "out")])
-    with contextlib.redirect_stdout(terminal):
-        load("fineweb").main()
-    assert b"na?ve" in terminal.buffer.getvalue()
-    assert b"1 documents" in terminal.buffer.getvalue()
+    done = run("fineweb", "--verify", tmp_path / "out", env={"PYTHONIOENCODING": "ascii"})
+    assert "na?ve" in done.stdout and "1 documents" in done.stdout
 
 
 # ---------------------------------------------------------------------- a Hub on this machine
@@ -637,7 +555,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
-def test_troubles_of_the_hub_that_pass_are_waited_for(texts_hub, data, tmp_path, impatient):
+def test_short_failures_of_the_hub_are_retried(texts_hub, data, tmp_path, impatient):
     texts_hub.trouble = [("GET", 429), ("GET", "drop"), ("HEAD", 503)]
     texts_hub.trouble += [("GET", "truncated"), ("GET", "damaged"), ("GET", "damaged")]
     succeed(*HUB_FLAGS, tmp_path / "out")
@@ -661,23 +579,16 @@ def test_a_hub_that_stays_away_is_one_line_and_the_run_continues(texts_hub, data
 
 
 def test_a_file_that_the_hub_refuses_is_asked_for_once(texts_hub, tmp_path, impatient):
-    """Waiting does not help if a file is missing or gated."""
-
-    def remove_file(request):  # the Hub asks this function at each request
-        if "resolve" in request.path:
-            texts_hub.files["me/texts"].pop("sample/10BT/002.parquet", None)
-        return False
-
-    texts_hub.refuses = remove_file
-    assert_user_error(call("fineweb", *HUB_FLAGS, tmp_path / "out"), "002.parquet")
-    assert sum("002.parquet" in path for _, path in texts_hub.log) == 1
+    """Waiting does not help if a file is missing or gated. A second request would succeed here."""
+    texts_hub.trouble = [("GET", 404)]
+    assert_user_error(call("fineweb", *HUB_FLAGS, tmp_path / "out"), ".parquet")
 
 
 @posix
 def test_a_run_killed_during_a_download_continues(texts_hub, data, tmp_path):
     texts_hub.hangs = lambda request: "002" in request.path
     run = Run(*HUB_FLAGS, tmp_path / "out", script="fineweb")
-    wait_until(lambda: any("002.parquet" in path for _, path in texts_hub.log), run)
+    wait_until(lambda: any("002.parquet" in path for _, path in texts_hub.log))
     run.processes[0].kill()
     run.wait()
     texts_hub.hangs = lambda request: False
@@ -697,22 +608,14 @@ def test_shards_of_fineweb_edu_have_its_name(texts_hub, data, tmp_path):
     assert tokens == reference(data["texts"])
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--repo_id me/nothing", ["me/nothing"]),
-        ("--remote_name sample-350BT", ["me/texts", "sample-350BT", "--remote_name"]),
-    ],
-)
-def test_a_data_set_that_the_hub_does_not_have_is_one_line(texts_hub, tmp_path, flags, words):
-    done = call("fineweb", *HUB_FLAGS, tmp_path / "out", *flags.split())
-    assert_user_error(done, *words)
-
-
-def test_no_network_is_one_line(texts_hub, tmp_path, monkeypatch):
+def test_a_data_set_that_cannot_be_found_is_one_line(texts_hub, tmp_path, monkeypatch):
+    flags = [*HUB_FLAGS, tmp_path / "out"]
+    assert_user_error(call("fineweb", *flags, "--repo_id", "me/nothing"), "me/nothing")
+    done = call("fineweb", *flags, "--remote_name", "sample-350BT")
+    assert_user_error(done, "me/texts", "sample-350BT", "--remote_name")
+    # no network
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    done = call("fineweb", *BYTES, "--local_dir", tmp_path / "out")
-    assert_user_error(done, "HuggingFaceFW/fineweb-edu", "--source")
+    assert_user_error(call("fineweb", *flags), "me/texts", "--source")
 
 
 @posix

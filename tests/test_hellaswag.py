@@ -6,7 +6,6 @@ The plain method scores each ending by itself, with transformers: one row "conte
 import json
 import os
 import random
-import resource
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +15,21 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from conftest import (
+    DEVICES,
+    EXAMPLE,
     ROOT,
     Run,
+    assert_late_error,
     assert_user_error,
     call,
+    limit_files,
     losses,
+    random_gpt2,
+    succeed,
     tiny_flags,
     write_data_set,
 )
-from transformers import GPT2Config, GPT2LMHeadModel
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 HUB_NAME = "data/validation-00000-of-00001.parquet"
 REPOSITORY = "Rowan/hellaswag"
 
@@ -74,28 +76,9 @@ def assert_equals_plain_method(result, model, examples, encode=encode_bytes, tol
 
 
 # ------------------------------------------------------------------------- models and examples
-def make_examples(pieces, n, separator=" ", seed=0):
-    """Return n examples of spans of pieces: contexts of 10 to 90 pieces, endings of 5 to 60."""
-    rng = random.Random(seed)
-    examples = []
-    for _ in range(n):
-        start = rng.randrange(len(pieces) - 200)
-        length = rng.randint(10, 90)
-        label = rng.randrange(4)
-        endings = []
-        for i in range(4):
-            begin = start + length if i == label else rng.randrange(len(pieces) - 60)
-            endings.append(separator.join(pieces[begin : begin + rng.randint(5, 60)]))
-        context = separator.join(pieces[start : start + length])
-        examples.append({"ind": rng.randrange(10**6), "label": label, "ctx": context, "endings": endings})
-    return examples
-
-
-def make_model(directory, seed=0, vocab_size=257, **shape):
+def make_model(directory, **changes):
     """Save a random GPT-2 whose losses differ much between endings. Returns transformers' model."""
-    torch.manual_seed(seed)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 160, **shape}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, **shape)).eval()
+    model = random_gpt2(directory, **{"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 160, **changes})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(directory)
@@ -118,9 +101,21 @@ def write_parquet(path, examples):
 
 @pytest.fixture(scope="module")
 def examples():
-    """Return 200 examples of input.txt whose pieces are characters, that is, byte tokens."""
+    """Return 200 examples cut from input.txt: contexts of 10 to 90 characters, endings of 5 to 60."""
     text = (ROOT / "input.txt").read_text(encoding="utf-8")
-    return make_examples(text, 200, separator="")
+    rng = random.Random(0)
+    examples = []
+    for _ in range(200):
+        start = rng.randrange(len(text) - 200)
+        length = rng.randint(10, 90)
+        label = rng.randrange(4)
+        endings = []
+        for i in range(4):
+            begin = start + length if i == label else rng.randrange(len(text) - 60)
+            endings.append(text[begin : begin + rng.randint(5, 60)])
+        context = text[start : start + length]
+        examples.append({"ind": rng.randrange(10**6), "label": label, "ctx": context, "endings": endings})
+    return examples
 
 
 @pytest.fixture
@@ -133,8 +128,7 @@ def tiny(tmp_path, examples):
 
 def evaluate(tmp_path, *flags):
     """Run hellaswag.py. Returns the content of --output and the printed lines."""
-    done = call("hellaswag", *flags, "--output", tmp_path / "out.json")
-    assert done.returncode == 0, done.stderr
+    done = succeed("hellaswag", *flags, "--output", tmp_path / "out.json")
     return json.loads((tmp_path / "out.json").read_text()), done.stdout.splitlines()
 
 
@@ -146,22 +140,12 @@ def test_200_examples_equal_the_plain_method(device, tmp_path, examples):
     data = write_jsonl(tmp_path / "val.jsonl", examples)
     flags = ["--model", tmp_path / "model", "--data", data]
     result, lines = evaluate(tmp_path, *flags, "--device", device, "--dtype", "float32")
-    tolerance = 1e-4 if device == "cpu" else 0.2  # GPUs round the factors of float32 matmuls
+    tolerance = 1e-4 if device == "cpu" else 0.2  # on GPUs, hellaswag.py multiplies with TF32
     assert_equals_plain_method(result, model, examples, tolerance=tolerance)
     assert lines == [f"200 acc: {result['acc']:.4f} acc_norm: {result['acc_norm']:.4f}"]
     predictions = result["predictions"]
     assert {prediction["pred"] for prediction in predictions} == {0, 1, 2, 3}
     assert any(prediction["pred"] != prediction["pred_norm"] for prediction in predictions)
-
-
-@pytest.mark.gpt2
-def test_examples_of_gpt2_tokens_equal_the_plain_method(tmp_path, tiktoken_cache):
-    words = (ROOT / "input.txt").read_text(encoding="utf-8").split()
-    examples = make_examples(words, 6)
-    model = make_model(tmp_path / "model", vocab_size=50257, n_embd=8, n_positions=256)
-    data = write_jsonl(tmp_path / "val.jsonl", examples)
-    result, _ = evaluate(tmp_path, "--model", tmp_path / "model", "--data", data, "--device", "cpu")
-    assert_equals_plain_method(result, model, examples, tiktoken.get_encoding("gpt2").encode)
 
 
 @pytest.mark.gpt2
@@ -227,23 +211,29 @@ def test_16_bits_differ_from_float32_by_rounding_only(dtype, device, tmp_path, t
 
 
 @pytest.mark.gpt2
-def test_the_trainer_finds_the_same_accuracy_in_the_prepared_file(tmp_path, examples, monkeypatch, tiktoken_cache):
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_trainer_finds_the_same_accuracy_in_the_prepared_file(
+    device, tmp_path, examples, monkeypatch, tiktoken_cache
+):
     monkeypatch.chdir(tmp_path)
-    make_model("model", vocab_size=50257, n_embd=8)
+    model = make_model("model", vocab_size=50257, n_embd=8)
     data = write_jsonl(tmp_path / "val.jsonl", examples[:20])
-    assert call("hellaswag", "--prepare", "--data", data).returncode == 0
-    result, _ = evaluate(tmp_path, "--model", "model", "--data", data, "--device", "cpu")
+    succeed("hellaswag", "--prepare", "--data", data)
+    result, _ = evaluate(tmp_path, "--model", "model", "--data", data, "--device", device)
+    tolerance = 1e-4 if device == "cpu" else 0.2
+    assert_equals_plain_method(result, model, examples[:20], tiktoken.get_encoding("gpt2").encode, tolerance)
 
-    # one step with a tiny learning rate, which changes nothing that counts
+    # one step with a learning rate so small that no prediction changes
     tokens = np.random.default_rng(0).integers(50256, size=500)
     write_data_set("data", [tokens], [tokens], vocab_size=50257)
     from_model = {"n_layer": None, "n_head": None, "n_embd": None, "block_size": 160, "init_from": "model"}
     one_step = {"total_batch_size": 160, "micro_batch_size": 1, "max_steps": 1, "learning_rate": 1e-9}
     paths = {"data_dir": "data", "log_dir": "log", "prompt": None}
-    flags = tiny_flags(**from_model, **one_step, **paths, val_tokens=160, hellaswag_interval=1)
-    done = call("train_gpt2", *flags)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert losses("log", "hella")[1] == pytest.approx(result["acc_norm"], abs=1e-4)
+    flags = tiny_flags(**from_model, **one_step, **paths, val_tokens=160, hellaswag_interval=1, device=device)
+    succeed("train_gpt2", *flags, "--dtype", "float32", "--no-compile")
+    # on a GPU, rounding may decide one example
+    tolerance = 1e-4 if device == "cpu" else 1.5 / 20
+    assert losses("log", "hella")[1] == pytest.approx(result["acc_norm"], abs=tolerance)
 
 
 # ------------------------------------------------------------------------------ flags and files
@@ -251,7 +241,7 @@ def test_limit_takes_the_first_examples(tmp_path, tiny):
     model, flags, examples = tiny
     torch.backends.cuda.enable_cudnn_sdp(True)
     result, lines = evaluate(tmp_path, *flags, "--limit", 7)
-    assert not torch.backends.cuda.cudnn_sdp_enabled()  # slow, because each length is new to it
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # slow: it makes a new plan for each length
     assert_equals_plain_method(result, model, examples[:7])
     assert lines[-1].startswith("7 acc: ")
     assert evaluate(tmp_path, *flags, "--limit", 1000)[0]["n"] == 20
@@ -259,12 +249,11 @@ def test_limit_takes_the_first_examples(tmp_path, tiny):
 
 def test_the_newest_checkpoint_of_log_is_the_default(tmp_path, tiny, monkeypatch):
     _, flags, examples = tiny
-    make_model(tmp_path / "log" / "step_000500", seed=1)
-    newest = make_model(tmp_path / "log" / "step_1000000", seed=2)
+    make_model(tmp_path / "log" / "step_000500")
+    newest = make_model(tmp_path / "log" / "step_1000000")
     make_model(tmp_path / "log" / "tmp_step_2000000")
     monkeypatch.chdir(tmp_path)
-    done = call("hellaswag", *flags[2:], "--output", "out.json")
-    assert done.returncode == 0, done.stderr
+    done = succeed("hellaswag", *flags[2:], "--output", "out.json")
     assert done.stderr.count("\n") == 1  # which model it is, and no progress bar without a terminal
     assert os.path.join("log", "step_1000000") in done.stderr
     assert f"{newest.num_parameters():,}" in done.stderr
@@ -285,8 +274,7 @@ def test_prepare_writes_the_arrays_that_the_trainer_reads(tmp_path, examples, mo
     monkeypatch.chdir(tmp_path)
     data = write_parquet(tmp_path / "val.parquet", examples)
     os.mkdir("hellaswag")  # exists if the examples were downloaded
-    done = call("hellaswag", "--prepare", "--data", data, "--limit", 150)
-    assert done.returncode == 0, done.stderr
+    succeed("hellaswag", "--prepare", "--data", data, "--limit", 150)
     assert os.listdir("hellaswag") == ["hellaswag_val.npz"]
 
     # the expected rows, sorted by the length of the longest row
@@ -316,55 +304,34 @@ def test_prepare_keeps_the_old_file_if_the_disk_is_full(tmp_path, examples, monk
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "hellaswag" / "hellaswag_val.npz"
     data = write_jsonl(tmp_path / "val.jsonl", examples[:5])
-    assert call("hellaswag", "--prepare", "--data", data).returncode == 0
+    succeed("hellaswag", "--prepare", "--data", data)
     before = path.read_bytes()
     write_jsonl(data, examples)
-
-    def limit_files(rank):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # no file can get longer
-
-    [done] = Run("--prepare", "--data", data, script="hellaswag", before=limit_files).wait()
+    [done] = Run("--prepare", "--data", data, script="hellaswag", before=lambda rank: limit_files(5000)).wait()
     assert_user_error(done, path.name)
     assert path.read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------ bad input
-def assert_late_error(done, *needles):
-    """Check for a user error, one line on stderr, after the line that names the model."""
-    model, error = done.stderr.split("\n", 1)
-    assert model.startswith("model: ")
-    done.stderr = error
-    assert_user_error(done, *needles)
-
-
-GOOD = {"ind": 5, "label": 1, "ctx": "a", "endings": ["b", "c", "d", "e"]}
 BAD_LINES = {
-    "cut off": json.dumps(GOOD)[:-5],
-    "no label": json.dumps({name: value for name, value in GOOD.items() if name != "label"}),
-    "label -1": json.dumps({**GOOD, "label": -1}),
-    "three endings": json.dumps({**GOOD, "endings": ["b", "c", "d"]}),
-    "an empty context": json.dumps({**GOOD, "ctx": ""}),
+    "cut off": json.dumps(EXAMPLE)[:-5],
+    "no label": json.dumps({name: value for name, value in EXAMPLE.items() if name != "label"}),
+    "label -1": json.dumps({**EXAMPLE, "label": -1}),
+    "three endings": json.dumps({**EXAMPLE, "endings": ["b", "c", "d"]}),
+    "an empty context": json.dumps({**EXAMPLE, "ctx": ""}),
 }
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_malformed_line_is_named(name, tmp_path, tiny):
     data = tmp_path / "bad.jsonl"
-    data.write_text("\n".join([json.dumps(GOOD), BAD_LINES[name], json.dumps(GOOD)]))
+    data.write_text("\n".join([json.dumps(EXAMPLE), BAD_LINES[name], json.dumps(EXAMPLE)]))
     assert_user_error(call("hellaswag", *tiny[1], "--data", data), "line 2", data)
 
 
 def test_a_malformed_row_of_parquet_is_named(tmp_path, tiny):
-    data = write_parquet(tmp_path / "bad.parquet", [GOOD, GOOD, GOOD, {**GOOD, "label": 7}])
-    assert_user_error(call("hellaswag", *tiny[1], "--data", data), 4, data, 7)
-
-
-def test_data_that_is_empty_or_foreign_is_one_line(tmp_path, tiny):
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "latin-1.jsonl").write_bytes(b'{"ind": 5, "ctx": "\xff"}')
-    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "foreign.parquet")
-    for name in ("empty.jsonl", "latin-1.jsonl", "foreign.parquet"):
-        assert_user_error(call("hellaswag", *tiny[1], "--data", tmp_path / name), name, "--data")
+    data = write_parquet(tmp_path / "bad.parquet", [EXAMPLE, EXAMPLE, {**EXAMPLE, "label": 4}])
+    assert_user_error(call("hellaswag", *tiny[1], "--data", data), "line 3", data, 4)
 
 
 def test_losses_that_are_nan_are_one_line(tmp_path, tiny):
@@ -374,7 +341,6 @@ def test_losses_that_are_nan_are_one_line(tmp_path, tiny):
     model.save_pretrained(tmp_path / "model")
     done = call("hellaswag", *flags, "--output", tmp_path / "out.json")
     assert_late_error(done, "nan", "--dtype float32")
-    assert "acc" not in done.stdout
     assert not (tmp_path / "out.json").exists()
 
 
@@ -386,32 +352,23 @@ def test_a_batch_that_does_not_fit_into_memory_is_one_line(tiny, monkeypatch):
     assert_late_error(call("hellaswag", *tiny[1]), "--batch_size")
 
 
-def test_output_that_cannot_be_written_is_an_error_before_anything_slow_begins(tmp_path):
-    done = call("hellaswag", "--model", tmp_path / "nowhere", "--output", tmp_path / "missing" / "out.json")
-    assert_user_error(done, tmp_path / "missing" / "out.json")
-
-
-@pytest.mark.parametrize("value", [0, -3, "many"])
-def test_an_invalid_batch_size_is_one_line(value, tiny):
-    assert_user_error(call("hellaswag", *tiny[1], "--batch_size", value), "--batch_size", value)
-
-
 # ------------------------------------------------------------------------------------- download
 @pytest.fixture
 def download(tmp_path, hub, monkeypatch):
     """Let the Hub have a validation set. Returns the flags to use it."""
     monkeypatch.chdir(tmp_path)
     make_model("model")
-    examples = [{**GOOD, "ind": i, "label": i % 4} for i in range(50)]
+    examples = [{**EXAMPLE, "ind": i, "label": i % 4} for i in range(50)]
     content = write_parquet(tmp_path / "hub.parquet", examples).read_bytes()
     hub.files[REPOSITORY] = {"README.md": b"hello", HUB_NAME: content}
     return ["--model", "model", "--device", "cpu", "--limit", 5, "--output", "out.json"]
 
 
 def test_the_validation_set_is_downloaded_once(hub, download):
-    for _ in range(2):
-        done = call("hellaswag", *download)
-        assert done.returncode == 0, done.stderr
+    succeed("hellaswag", *download)
+    requests = list(hub.log)
+    succeed("hellaswag", *download)
+    assert hub.log == requests
     with open("out.json", encoding="utf-8") as file:
         assert [prediction["ind"] for prediction in json.load(file)["predictions"]] == [0, 1, 2, 3, 4]
     assert [kind for kind, _ in hub.log].count("GET") == 1
@@ -429,11 +386,4 @@ def test_a_failed_download_leaves_nothing_and_the_next_one_works(trouble, tmp_pa
             hub.trouble = [("GET", trouble)]
         assert_user_error(call("hellaswag", *download), REPOSITORY, "--data")
     assert list((tmp_path / "hellaswag").glob("*")) == []
-    assert call("hellaswag", *download).returncode == 0
-
-
-def test_a_file_put_by_hand_is_used_without_the_hub(tmp_path, hub, download):
-    (tmp_path / "hellaswag").mkdir()
-    (tmp_path / "hellaswag" / "hellaswag_val.parquet").write_bytes(hub.files[REPOSITORY][HUB_NAME])
-    assert call("hellaswag", *download).returncode == 0
-    assert hub.log == []
+    succeed("hellaswag", *download)
