@@ -1,40 +1,28 @@
 """The benchmarks at tiny sizes on the CPU: what they print and compare, not their figures."""
 
 import argparse
-import importlib.util
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, call, tiny_flags
+from conftest import ROOT, call, load, succeed, tiny_flags
 from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 
-BENCHMARKS = ROOT / "benchmarks"
 MODEL = "--n_layer 1 --n_head 2 --n_embd 32"
 STEP = f"{MODEL} --micro_batch_size 2 --block_size 16 --grad_accum_steps 2 --steps 2"
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Return a function that loads a benchmark as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+@pytest.fixture(autouse=True)
+def usual_settings():
+    """Restore the settings of PyTorch that benchmarks change."""
     precision = torch.get_float32_matmul_precision()
-
-    def load_benchmark(name):
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load_benchmark
+    yield
     torch.set_float32_matmul_precision(precision)
     torch.compiler.config.force_disable_caches = False
 
@@ -59,11 +47,9 @@ COMPARISONS = {  # flags, number of rows, what the last column says
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_a_benchmark_compares_with_its_peer(name, benchmark, tiktoken_cache):
+def test_a_benchmark_compares_with_its_peer(name, tiktoken_cache):
     flags, number, words = COMPARISONS[name]
-    done = call(benchmark(name), *flags.split(), "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    table = rows(done.stdout)
+    table = rows(succeed(name, *flags.split(), "--device", "cpu").stdout)
     assert len(table) == number
     task, ours, peer, ratio, limit = table[-1]
     assert re.match(r"[\d,.]+ \S+/s", ours)
@@ -81,8 +67,8 @@ def step_args(**changes):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-3)])
-def test_every_variant_of_a_step_has_the_same_losses(dtype, tolerance, benchmark):
-    bench_step = benchmark("bench_step")
+def test_every_variant_of_a_step_has_the_same_losses(dtype, tolerance):
+    bench_step = load("bench_step")
     losses = {}
     for name, variant in bench_step.VARIANTS.items():
         needs_autocast = variant.bfloat16_residual and dtype == "float32"
@@ -96,14 +82,14 @@ def test_every_variant_of_a_step_has_the_same_losses(dtype, tolerance, benchmark
 
 
 @pytest.mark.skipif("INDUCTOR" not in os.environ, reason="takes a minute and a C++ compiler: set INDUCTOR=1")
-def test_a_compiled_variant_computes_with_its_own_attention_kernel(benchmark):
-    """torch.compile would take the code of a model of equal structure, with its kernel."""
-    bench_step = benchmark("bench_step")
+def test_a_compiled_variant_computes_with_its_own_attention_kernel():
+    """Without OWN_CODE, torch.compile takes the code of a model of equal structure, and with it that model's kernel."""
+    bench_step = load("bench_step")
     torch.compiler.config.force_disable_caches = True  # as main() does
     usual = bench_step.VARIANTS["ours compiled"]
-    math = bench_step.Variant(compile=True, options=bench_step.OWN_CODE, attention=[SDPBackend.MATH])
+    other = bench_step.Variant(compile=True, options=bench_step.OWN_CODE, attention=[SDPBackend.MATH])
     kernels = []
-    for variant in (usual, math):
+    for variant in (usual, other):
         contestant = bench_step.Contestant(variant, step_args())
         with torch.no_grad():  # compiling the forward pass is enough
             contestant.loss()
@@ -115,29 +101,26 @@ def test_a_compiled_variant_computes_with_its_own_attention_kernel(benchmark):
 
 
 # ------------------------------------------------------------------------------------ other tables
-def test_bench_fineweb_compares_with_a_pool(benchmark, text_file, tmp_path, tiktoken_cache):
+def test_bench_fineweb_compares_with_a_pool(text_file, tmp_path, tiktoken_cache):
     path = tmp_path / "documents.parquet"
     pq.write_table(pa.table({"text": [text_file.read_text()[:5000]] * 50}), path)
-    done = call(benchmark("bench_fineweb"), "--source", path, "--rounds", 1)
-    assert done.returncode == 0, done.stderr
+    done = succeed("bench_fineweb", "--source", path, "--rounds", 1)
     assert rows(done.stdout)[0][0].startswith("tokenizing")
 
 
-def test_bench_loader_reports_memory_and_time(benchmark):
+def test_bench_loader_reports_memory_and_time():
     flags = "--num_shards 3 --steps 200 --batch_size 2 --block_size 32"
-    done = call(benchmark("bench_loader"), *flags.split())
-    assert done.returncode == 0, done.stderr
+    done = succeed("bench_loader", *flags.split())
     first, *lines = done.stdout.splitlines()
     assert first.startswith("start-up: 3 shards, ")
     assert [int(re.match(r"step +(\d+): ", line)[1]) for line in lines] == [20 * i for i in range(1, 11)]
 
 
-def test_bench_run_compares_settings_and_measures_pauses(benchmark, byte_shards):
-    bench_run = benchmark("bench_run")
+def test_bench_run_compares_settings_and_measures_pauses(byte_shards):
     changes = dict.fromkeys(("max_steps", "eval_interval", "checkpoint_interval", "log_interval"))
     flags = ["--", "--preset", "shakespeare", "--data_dir", byte_shards, *tiny_flags(**changes)]
     settings = ["--setting=", "--setting=--no_such_flag"]
-    done = call(bench_run, "--steps", 4, "--skip", 1, *settings, *flags)
+    done = call("bench_run", "--steps", 4, "--skip", 1, *settings, *flags)
     assert done.returncode == 1
     usual, failed = rows(done.stdout)
     values = [float(cell.replace(",", "")) for cell in usual[1:]]
@@ -146,23 +129,21 @@ def test_bench_run_compares_settings_and_measures_pauses(benchmark, byte_shards)
     assert speed > 0 and 0.05 < memory < 10 and ratio == 1
     assert failed[1].startswith("failed with exit status 2")
     # a checkpoint and a validation take time, and HellaSwag does not happen with bytes
-    done = call(bench_run, "--pauses", *flags)
+    done = call("bench_run", "--pauses", *flags)
     seconds = {what: float(value) for what, value in rows(done.stdout)}
     assert list(seconds) == ["checkpoint", "validation", "HellaSwag"]
     assert seconds["checkpoint"] > 0.005 and seconds["validation"] > 0.005
 
 
-def test_bench_recipe_reports_what_the_logs_say(benchmark, byte_shards, tmp_path, monkeypatch):
+def test_bench_recipe_reports_what_the_logs_say(byte_shards, tmp_path, monkeypatch):
     def run_here(command, **options):
-        name = Path(command[1]).stem
-        return call("train_gpt2" if name == "train_gpt2" else benchmark(name), *command[2:])
+        return call(Path(command[1]).stem, *command[2:])
 
-    monkeypatch.setattr(subprocess, "run", run_here)  # a process imports for seconds
+    monkeypatch.setattr(subprocess, "run", run_here)  # a new process needs seconds for its imports
     changes = dict.fromkeys(("max_steps", "warmup_steps", "learning_rate"))
     flags = ["--steps", 6, "--adamw_rates", 1e-4, 1e-2, "--muon_rates", 2e-2, "--fractions", 0.5]
     flags += ["--seeds", 1, "--bfloat16_residual", "--out_dir", tmp_path, "--", "--data_dir", byte_shards]
-    done = call(benchmark("bench_recipe"), *flags, *tiny_flags(**changes, dtype="bfloat16"))
-    assert done.returncode == 0, done.stderr
+    done = succeed("bench_recipe", *flags, *tiny_flags(**changes, dtype="bfloat16"))
 
     def loss(run, steps):
         log = (tmp_path / f"{run}_steps_{steps}_seed_1" / "log.txt").read_text()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, call, losses, random_gpt2, tiny_flags, write_data_set
+from conftest import ROOT, assert_user_error, losses, random_gpt2, succeed, tiny_flags, write_data_set
 
 HERE = Path(__file__).parent
 DTYPES = ["bfloat16", "float16"]
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     write_hellaswag(folder / "hellaswag" / "hellaswag_val.npz")
     example = {"ind": 0, "label": 1, "ctx": "A man", "endings": ["sits", "falls down", "is", "was here"]}
     (folder / "examples.jsonl").write_text(f"{json.dumps(example)}\n" * 3)
-    random_gpt2(folder / "model", n_layer=1, n_inner=None, activation_function="gelu_new")
+    random_gpt2(folder / "model", n_layer=1)
     return folder
 
 
@@ -111,44 +111,29 @@ def test_training_computes_the_losses_of_the_cpu(results, folder, tmp_path, monk
     """Muon runs in bfloat16 on GPUs only, and float16 on GPUs only skips steps in which a gradient overflows."""
     monkeypatch.chdir(folder)
     script, *flags = training(folder, tmp_path / "log", dtype=dtype, device="cpu")
-    assert call(script, *flags).returncode == 0
+    succeed(script, *flags)
     for kind in ("train", "val", "hella"):
         expected = losses(tmp_path / "log", kind)
         assert losses(folder / f"log_{dtype}", kind) == pytest.approx(expected, abs=0.01)
 
 
+WAITS = {  # (command, step): most waits for the GPU with bfloat16 and with float16
+    # the loss and the norm; float16 also reads, in two places, whether a gradient overflowed
+    ("training", 1): (1, 3),
+    # a probe of the device, the validation, HellaSwag and both samples, whatever the number of batches and tokens
+    ("training", 0): (4, 6),
+    # for each token its text, and whether the logits are numbers
+    ("sampling", 0): (2 * NEW_TOKENS + 1, 2 * NEW_TOKENS + 1),
+    # the losses, and the number of tokens that have one, of one batch
+    ("hellaswag", 0): (5, 5),
+}
+
+
+@pytest.mark.parametrize("name, step", WAITS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_training_step_waits_for_the_gpu_once(results, dtype):
-    """For the loss and the norm. float16 also reads whether a gradient overflowed, in two places."""
-    waits = results[f"training {dtype}"]["waits"]
-    for step in range(1, STEPS - 1):
-        lines = [line for number, line in waits if number == step]
-        assert len(lines) == (3 if dtype == "float16" else 1), lines
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_evaluation_waits_for_the_gpu_once(results, dtype):
-    """Once for the validation, HellaSwag and both samples, whatever the number of batches and tokens.
-
-    There are no samples without GPT-2's vocabulary.
-    """
-    lines = [line for number, line in results[f"training {dtype}"]["waits"] if number == 0]
-    # another one is for a probe of the device, and two are for float16's first step
-    assert 2 <= len(lines) <= (6 if dtype == "float16" else 4), lines
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_sampled_token_waits_for_the_gpu_twice(results, dtype):
-    """For its text, and to see that the logits are numbers."""
-    lines = [line for _, line in results[f"sampling {dtype}"]["waits"]]
-    assert len(lines) <= 2 * NEW_TOKENS + 1, lines
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scoring_waits_for_the_gpu_a_few_times_per_batch(results, dtype):
-    """For the losses, and for the number of tokens that have one. The examples are one batch."""
-    lines = [line for _, line in results[f"hellaswag {dtype}"]["waits"]]
-    assert len(lines) <= 5, lines
+def test_scripts_wait_for_the_gpu_in_few_places(results, name, step, dtype):
+    lines = [line for number, line in results[f"{name} {dtype}"]["waits"] if number == step]
+    assert 1 <= len(lines) <= WAITS[name, step][DTYPES.index(dtype)], lines
 
 
 @pytest.mark.parametrize("sequences", MEMORY)

@@ -6,9 +6,7 @@
 Without a GPU, the tests are skipped.
 """
 
-import json
 import os
-import re
 import shutil
 import warnings
 from pathlib import Path
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import ROOT, call, losses, write_data_set
+from conftest import losses, succeed, write_data_set
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 TOLERANCE = 0.01  # of a loss: the order of sums varies on a GPU
@@ -68,8 +66,7 @@ def train(tmp_path_factory, byte_shards):
         if key not in runs:
             runs[key] = folder / str(len(runs))
             torch.compiler.reset()
-            done = call("train_gpt2", *flags(byte_shards, runs[key], **changes))
-            assert done.returncode == 0, done.stderr
+            succeed("train_gpt2", *flags(byte_shards, runs[key], **changes))
         return runs[key]
 
     train.data_dir = byte_shards
@@ -100,8 +97,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(train, tmp_path, changes):
     """Also in another dtype, as on an older GPU."""
     shutil.copytree(train(), tmp_path / "log")
     shutil.rmtree(tmp_path / "log" / "step_000040")
-    done = call("train_gpt2", *flags(train.data_dir, tmp_path / "log", **changes), "--resume")
-    assert done.returncode == 0, done.stderr
+    succeed("train_gpt2", *flags(train.data_dir, tmp_path / "log", **changes), "--resume")
     assert_same_losses(tmp_path / "log", train(), 0.1 if changes else TOLERANCE)
 
 
@@ -118,9 +114,8 @@ def test_a_step_waits_for_the_gpu_once(train, tmp_path):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             changes = {"max_steps": steps, "checkpoint_interval": 100, "compile": False}
-            done = call("train_gpt2", *flags(train.data_dir, tmp_path / str(steps), **changes))
+            succeed("train_gpt2", *flags(train.data_dir, tmp_path / str(steps), **changes))
         torch.cuda.set_sync_debug_mode("default")
-        assert done.returncode == 0, done.stderr
         counts.append(sum("synchroniz" in str(warning.message) for warning in caught))
     assert counts[1] - counts[0] <= 20
 
@@ -128,31 +123,8 @@ def test_a_step_waits_for_the_gpu_once(train, tmp_path):
 def test_the_chosen_micro_batch_is_as_large_as_the_step(train, tmp_path):
     """16 sequences of this small model fit into any GPU."""
     changes = {"micro_batch_size": None, "max_steps": 1, "warmup_steps": 0}
-    done = call("train_gpt2", *flags(train.data_dir, tmp_path / "log", **changes))
-    assert done.returncode == 0, done.stderr
+    done = succeed("train_gpt2", *flags(train.data_dir, tmp_path / "log", **changes))
     assert " x 16 sequences" in done.stdout
-
-
-# ------------------------------------------------------------------------------------- HellaSwag
-def test_hellaswag_in_training_equals_hellaswag_py(tmp_path, monkeypatch, tiktoken_cache):
-    """On 60 examples from input.txt."""
-    monkeypatch.chdir(tmp_path)
-    words = (ROOT / "input.txt").read_text(encoding="utf-8").split()
-    examples = []
-    for i in range(60):
-        texts = [" ".join(words[start : start + 8]) for start in range(40 * i, 40 * i + 40, 8)]
-        examples.append({"ind": i, "label": i % 4, "ctx": texts[0], "endings": texts[1:]})
-    Path("examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
-    shards = ["prepare_shakespeare", "--tokenizer", "gpt2", "--out_dir", "shards", "--input", ROOT / "input.txt"]
-    assert call(*shards).returncode == 0
-    assert call("hellaswag", "--prepare", "--data", "examples.jsonl").returncode == 0
-    changes = {"dtype": "float32", "hellaswag_interval": 40, "compile": False}
-    done = call("train_gpt2", *flags("shards", "log", **changes))
-    assert done.returncode == 0, done.stderr
-    scores = ["--model", "log", "--data", "examples.jsonl", "--dtype", "float32", "--device", DEVICE]
-    done = call("hellaswag", *scores)
-    acc_norm = float(re.search(r"acc_norm: ([\d.]+)", done.stdout)[1])
-    assert losses("log", "hella")[40] == pytest.approx(acc_norm, abs=1.5 / 60)
 
 
 # ------------------------------------------------------------------------------- several ranks
@@ -193,9 +165,8 @@ def run_rank(rank, world_size, backend, folder, changes):
     torch.compile = compile_and_count
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = call("train_gpt2", *changes)
+    succeed("train_gpt2", *changes)
     (folder / f"graphs_{rank}").write_text(str(sum(graphs)))
-    assert done.returncode == 0, done.stderr
 
 
 def run_ranks(world_size, backend, folder, line):
@@ -222,8 +193,10 @@ def test_nccl_trains_as_one_rank_and_splits_the_graph_only_if_each_backward_pass
     changes = {"n_layer": 4, "n_head": 12, "n_embd": 768, "max_steps": 3, "eval_interval": 3}
     changes["total_batch_size"] = grad_accum_steps * 2 * FLAGS["micro_batch_size"] * 64
     run_ranks(2, "nccl", tmp_path, flags(data_dir, tmp_path / "log", compile=True, **changes))
-    done = call("train_gpt2", *flags(data_dir, tmp_path / "one", compile=False, **changes))
-    assert done.returncode == 0, done.stderr
+    succeed("train_gpt2", *flags(data_dir, tmp_path / "one", compile=False, **changes))
     assert_same_losses(tmp_path / "log", tmp_path / "one", 0.02)
     num_graphs = int((tmp_path / "graphs_0").read_text())
-    assert num_graphs == 1 if grad_accum_steps > 1 else num_graphs > 2
+    if grad_accum_steps > 1:
+        assert num_graphs == 1
+    else:
+        assert num_graphs > 2

@@ -2,11 +2,10 @@
 
 hellaswag.py loads them with the same copied block as sample.py. Comparisons run on the CPU and, on a machine with a
 GPU, also there (-m gpu). Tests with the mark gpt2 hold for GPT-2's architecture only; the others must hold after a
-change of the model, too.
+change of the model as well.
 """
 
 import contextlib
-import json
 import math
 from functools import partial
 
@@ -25,6 +24,7 @@ from conftest import (
     load,
     random_gpt2,
     read_log,
+    succeed,
     tiny_flags,
     truncate,
     write_data_set,
@@ -97,18 +97,9 @@ def randomize(model):
 
 def random_reference(directory, **shape):
     """Save a GPT2LMHeadModel with large random weights in directory, and return it."""
-    model = randomize(random_gpt2(directory, **{**SHAPES["bytes"], "n_inner": None, **GELU, **shape}))
+    model = randomize(random_gpt2(directory, **{**SHAPES["bytes"], **shape}))
     model.save_pretrained(directory)
     return model
-
-
-GELU = {"activation_function": "gelu_new"}
-
-
-def reference_of(model, directory):
-    """Return the GPT2LMHeadModel that transformers loads from our model's checkpoint."""
-    model.save_pretrained(directory)
-    return transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
 def relative_difference(actual, expected):
@@ -124,45 +115,20 @@ def autocast(device, dtype):
 
 
 # -------------------------------------------------------------------- the same as transformers
-def last_logits(script, directory, idx):
-    """Return the logits of the last of the tokens idx (T,), with a model that a script loads from a directory."""
-    if script == "train_gpt2":
-        return GPT.from_pretrained(str(directory)).eval()(idx[None])[0][0, -1]
-    sample = load("sample")
-    model, _, _ = sample.load_model(str(directory), torch.device("cpu"), torch.float32)
-    results = []
-
-    def sampler(logits):
-        results.append(logits[0])
-        return logits.argmax(dim=-1)
-
-    list(sample.generate(model, idx.tolist(), 1, 1, sampler))
-    return results[0]
-
-
 @gpt2
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_equal_those_of_transformers(tmp_path, shape, dtype, device):
+def test_logits_loss_and_gradients_equal_those_of_transformers(tmp_path, shape, dtype, device):
     theirs = random_reference(tmp_path, **shape).to(device)
     ours = GPT.from_pretrained(str(tmp_path)).to(device).eval()
-    idx = torch.randint(shape["vocab_size"], (2, shape["n_positions"])).to(device)
-    with torch.no_grad(), autocast(device, dtype):
-        logits, loss = ours(idx)
-        assert loss is None
-        assert relative_difference(logits, theirs(idx).logits) < TOLERANCES[device, dtype]
-
-
-@gpt2
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_loss_and_gradients_equal_those_of_transformers(tmp_path, shape, dtype, device):
-    theirs = random_reference(tmp_path, **shape).to(device)
-    ours = GPT.from_pretrained(str(tmp_path)).to(device).eval()
-    tokens = torch.randint(shape["vocab_size"], (3, shape["n_positions"])).to(device)
+    tokens = torch.randint(shape["vocab_size"], (3, shape["n_positions"] + 1)).to(device)
     scale = 1024 if dtype == "float16" else 1  # small float16 numbers become 0
     with autocast(device, dtype):
+        logits, no_loss = ours(tokens[:, :-1])
         _, loss = ours(tokens[:, :-1], tokens[:, 1:])
-        logits = theirs(tokens[:, :-1]).logits.float()
-    expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        expected_logits = theirs(tokens[:, :-1]).logits.float()
+    assert no_loss is None
+    assert relative_difference(logits, expected_logits) < TOLERANCES[device, dtype]
+    expected = F.cross_entropy(expected_logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert loss.item() == pytest.approx(expected.item(), rel=TOLERANCES[device, dtype])
     (scale * loss).backward()
     (scale * expected).backward()
@@ -181,7 +147,8 @@ def test_loss_and_gradients_equal_those_of_transformers(tmp_path, shape, dtype, 
 def test_dropout_drops_the_same_elements_as_in_transformers(tmp_path):
     """Embeddings, attention and both projections draw their masks in the same order from the same generator."""
     ours = randomize(GPT(tiny_config(dropout=0.3)))
-    theirs = reference_of(ours, tmp_path).train()
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).train()
     tokens = torch.randint(257, (3, 20))
     torch.manual_seed(7)
     _, loss = ours(tokens[:, :-1], tokens[:, 1:])
@@ -194,9 +161,9 @@ def test_dropout_drops_the_same_elements_as_in_transformers(tmp_path):
 # --------------------------------------------------------------------------------- checkpoints
 @gpt2
 def test_a_round_trip_through_transformers_changes_no_bit(tmp_path):
-    """Their file, our model, our file, their model, their file: the same tensors under the same names."""
+    """Our file also has float32 weights, without padding and without a second head, if the model is in 16 bits."""
     random_reference(tmp_path / "theirs")
-    GPT.from_pretrained(str(tmp_path / "theirs")).save_pretrained(tmp_path / "ours")
+    GPT.from_pretrained(str(tmp_path / "theirs")).bfloat16().save_pretrained(tmp_path / "ours")
     reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert isinstance(reopened, transformers.GPT2LMHeadModel)
     reopened.save_pretrained(tmp_path / "theirs again")
@@ -204,30 +171,11 @@ def test_a_round_trip_through_transformers_changes_no_bit(tmp_path):
     for other in others:
         assert first.keys() == other.keys()
         for name, tensor in first.items():
-            assert torch.equal(tensor, other[name]), name
-
-
-def test_a_checkpoint_contains_float32_weights_without_padding_and_without_a_second_head(tmp_path):
-    model = GPT(tiny_config()).to(torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    assert sum(tensor.numel() for tensor in tensors.values()) == model.num_params
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    assert tensors["transformer.wte.weight"].shape == (257, 32)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-
-
-@gpt2
-def test_config_json_says_what_other_tools_need(tmp_path):
-    GPT(tiny_config(dropout=0.25)).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["tokenizer"] == "bytes"
-    assert config["bos_token_id"] == config["eos_token_id"] == 256
-    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert (theirs.vocab_size, theirs.n_positions, theirs.n_layer) == (257, 20, 2)
-    assert (theirs.resid_pdrop, theirs.embd_pdrop, theirs.attn_pdrop) == (0.25, 0.25, 0.25)
-    assert theirs.tie_word_embeddings
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=0, msg=name)  # compares dtypes, too
+    config = reopened.config
+    assert (config.tokenizer, config.bos_token_id, config.eos_token_id) == ("bytes", 256, 256)
+    with safe_open(tmp_path / "ours" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # earlier versions of transformers need it
 
 
 # ---------------------------------------------------------------------------- loading models
@@ -269,7 +217,7 @@ def store_as_on_the_hub(directory):
 
 
 def store_the_head(directory, difference=0.0):
-    """Store the output head, too."""
+    """Store the output head as well."""
     embedding = load_file(directory / "model.safetensors")["transformer.wte.weight"]
     add_tensor("lm_head.weight", embedding + difference)(directory)
 
@@ -279,7 +227,7 @@ def store_in_16_bits(directory):
 
 
 def put_into_a_run(directory):
-    """Make directory that of a run, whose newest checkpoint is the first one in alphabetical order."""
+    """Make directory that of a run, whose newest checkpoint is not the last one in alphabetical order."""
     files = list(directory.iterdir())
     for name in ("step_000090", "step_1000000", "step_999999", "tmp_step_3000000"):
         (directory / name).mkdir()
@@ -302,15 +250,15 @@ LAYOUTS = {
 
 
 @gpt2
-@both_scripts
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_directory_as_people_have_it_loads(tmp_path, script, layout):
+def test_a_directory_as_people_have_it_loads(tmp_path, layout):
+    """sample.py and hellaswag.py load it with the same copied block."""
     changes, change = LAYOUTS[layout]
     theirs = random_reference(tmp_path, **changes)
     change(tmp_path)
-    idx = torch.randint(257, (20,))
-    expected = theirs(idx[None]).logits[0, -1, :257]
-    assert relative_difference(last_logits(script, tmp_path, idx), expected) < 1e-5
+    idx = torch.randint(257, (1, 20))
+    logits, _ = GPT.from_pretrained(str(tmp_path)).eval()(idx)
+    assert relative_difference(logits, theirs(idx).logits[:, :, :257]) < 1e-5
 
 
 @gpt2
@@ -337,13 +285,6 @@ def pickle_weights(directory):
     torch.save({}, directory / "pytorch_model.bin")
 
 
-def move_weights_outside(directory):
-    """Let an index name a file that is outside of the directory."""
-    (directory / "model.safetensors").rename(directory.parent / "model.safetensors")
-    index = {"weight_map": {"transformer.wte.weight": "../model.safetensors"}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 def remove_tensor(name):
     """Return a function that removes a tensor from the weights in a directory."""
     return lambda directory: change_weights(directory, lambda tensors: {n: t for n, t in tensors.items() if n != name})
@@ -356,8 +297,7 @@ DAMAGES = {
     "another model type": ("llama", edit_config(model_type="llama")),
     "another vocabulary": ("vocab_size", edit_config(vocab_size=65)),
     "other attention": ("scale_attn_weights", edit_config(scale_attn_weights=False)),
-    "pickled weights": ("", pickle_weights),
-    "weights outside of the directory": ("safetensors", move_weights_outside),
+    "pickled weights": ("model.safetensors", pickle_weights),
     "truncated weights": ("", lambda directory: truncate(directory / "model.safetensors")),
     "a missing tensor": ("h.0.ln_1.bias", remove_tensor("transformer.h.0.ln_1.bias")),
     "an unknown tensor": ("h.0.surprise", add_tensor("h.0.surprise", torch.zeros(3))),
@@ -372,7 +312,7 @@ DAMAGES = {
 def test_a_directory_without_a_complete_gpt2_is_refused(tmp_path, script, damage):
     needle, inflict = DAMAGES[damage]
     directory = tmp_path / "model"
-    random_gpt2(directory, **SHAPES["bytes"], n_inner=None, **GELU)
+    random_gpt2(directory, **SHAPES["bytes"])
     inflict(directory)
     if script == "train_gpt2":
         data_dir = write_data_set(tmp_path / "data", [range(99)], [range(99)])
@@ -383,13 +323,20 @@ def test_a_directory_without_a_complete_gpt2_is_refused(tmp_path, script, damage
 
 
 # ----------------------------------------------------------------------------------- parameters
-PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
-LEARNING_RATES = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}
+# preset: its published number of parameters, and its learning rate in table 2.1 of GPT-3's paper
+PUBLISHED = {
+    "gpt2": (124_439_808, 6e-4),
+    "gpt2-medium": (354_823_168, 3e-4),
+    "gpt2-large": (774_030_080, 2.5e-4),
+    "gpt2-xl": (1_557_611_200, 2e-4),
+}
 
 
 @gpt2
-@pytest.mark.parametrize("preset, count", PUBLISHED.items())
-def test_presets_have_the_published_parameter_counts_and_heads_of_64_channels(preset, count):
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_have_the_published_sizes_and_the_recipe_of_gpt3(preset):
+    """All sizes have heads of 64 channels, batches of 2**19 tokens, and 10B tokens in total."""
+    count, learning_rate = PUBLISHED[preset]
     values = train_gpt2.PRESETS[preset]
     shape = {name: values[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
     with torch.device("meta"):
@@ -399,12 +346,6 @@ def test_presets_have_the_published_parameter_counts_and_heads_of_64_channels(pr
     assert sum(p.numel() for p in model.parameters()) == count + (50304 - 50257) * values["n_embd"]
     if preset == "gpt2":
         assert model.config == GPTConfig()
-
-
-@pytest.mark.parametrize("preset, learning_rate", LEARNING_RATES.items())
-def test_presets_follow_the_recipe_of_gpt3(preset, learning_rate):
-    """Table 2.1 and appendix B of its paper, but all sizes have batches of 2**19 tokens, and 10B tokens."""
-    values = train_gpt2.PRESETS[preset]
     assert values["learning_rate"] == learning_rate
     assert values["total_batch_size"] == 2**19
     assert values["warmup_steps"] == 375e6 // 2**19
@@ -452,18 +393,6 @@ def test_future_tokens_do_not_change_earlier_logits():
         assert (new_logits[:, t] - logits[:, t]).abs().max() > 1e-2
 
 
-def test_the_loss_is_computed_in_float32_under_autocast():
-    """In bfloat16, a loss has three significant digits; only the logits may be rounded."""
-    model = randomize(GPT(tiny_config())).eval()
-    idx = torch.randint(257, (2, 20))
-    with torch.autocast("cpu", torch.bfloat16):
-        logits, _ = model(idx)
-        _, loss = model(idx, idx)
-    assert loss.dtype == torch.float32
-    expected = F.cross_entropy(logits.flatten(0, 1).double(), idx.flatten())
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
 @pytest.mark.parametrize("num_rows, dtype", [(4, torch.bfloat16), (5, torch.float32)])
 def test_the_loss_of_a_few_rows_at_a_time_equals_that_of_all_rows(num_rows, dtype):
     """A vocabulary of a million tokens makes chunks of four rows on a CPU."""
@@ -506,7 +435,7 @@ def test_generate_samples_from_the_softmax_of_the_top_k_tokens():
 
 # ---------------------------------------------------------------------------------- optimizers
 def train(tmp_path, record=lambda optimizer: None, **changes):
-    """Train on eight random windows, all of them in each step; record(optimizer) is called before each step of one.
+    """Train on eight random windows, all of them in each step. record(optimizer) is called before an optimizer's step.
 
     Returns log.txt as {(step, kind): value}.
     """
@@ -515,10 +444,9 @@ def train(tmp_path, record=lambda optimizer: None, **changes):
     flags = tiny_flags(**{"max_new_tokens": 1, "val_tokens": 1, **changes})
     hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: record(optimizer))
     try:
-        done = call("train_gpt2", *flags, "--data_dir", data_dir, "--log_dir", tmp_path / "log")
+        succeed("train_gpt2", *flags, "--data_dir", data_dir, "--log_dir", tmp_path / "log")
     finally:
         hook.remove()
-    assert done.returncode == 0, done.stderr
     return {key: float(value) for key, value in read_log(tmp_path / "log").items()}
 
 
@@ -547,7 +475,7 @@ def test_every_parameter_is_optimized_once_and_only_matrices_decay(tmp_path, opt
 
 
 def test_scaled_gradients_of_float16_are_clipped_together_to_the_given_norm(tmp_path):
-    """The gradients are what they are when the optimizers use them. test_train_gpt2_recipe.py has float32."""
+    """Look at the gradients when the optimizers use them. test_train_gpt2_recipe.py does so in float32."""
     squares = []
 
     def record(optimizer):
@@ -559,21 +487,6 @@ def test_scaled_gradients_of_float16_are_clipped_together_to_the_given_norm(tmp_
     actual = [math.sqrt(a + b) for a, b in zip(squares[::2], squares[1::2], strict=True)]  # Muon's and AdamW's
     assert actual == pytest.approx([min(norm, 0.7) for norm in norms], rel=1e-3)
     assert max(norms) > 1
-
-
-@pytest.mark.parametrize("schedule", train_gpt2.SCHEDULES)
-def test_schedules_warm_up_to_the_peak_and_end_low(schedule):
-    rates = [train_gpt2.SCHEDULES[schedule](step, 2.0, 10, 100) for step in range(101)]
-    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
-    assert max(rates) == 2.0
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    if schedule == "cosine":
-        assert rates[55] == pytest.approx((2.0 + 0.2) / 2)  # the middle between warmup and end
-        assert rates[100] == pytest.approx(0.2)
-    if schedule == "wsd":
-        assert set(rates[10:41]) == {2.0}
-        assert rates[70] == pytest.approx(1.0)
-        assert rates[100] == pytest.approx(0.0)
 
 
 # ----------------------------------------------------------------------------------------- muon
@@ -650,7 +563,7 @@ def test_hellaswag_and_samples_use_no_attention_that_plans_for_each_length(tmp_p
             seen.setdefault(q.shape[2], set()).add(torch.backends.cuda.cudnn_sdp_enabled())
         return attention(q, *arguments, **options)
 
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
     monkeypatch.setattr(F, "scaled_dot_product_attention", recording_attention)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hellaswag").mkdir()
@@ -658,7 +571,6 @@ def test_hellaswag_and_samples_use_no_attention_that_plans_for_each_length(tmp_p
     np.savez(tmp_path / "hellaswag" / "hellaswag_val.npz", **arrays, length=np.full((2, 4), 12))
     write_data_set("data", [range(200)], [range(99)], 50257)
     flags = tiny_flags(prompt="A B", max_new_tokens=2, max_steps=2, eval_interval=2, hellaswag_interval=2)
-    done = call("train_gpt2", *flags, "--data_dir", "data", "--log_dir", "log")
-    assert done.returncode == 0, done.stderr
-    assert seen == {16: {before}, 12: {False}, 2: {False}, 3: {False}}
-    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    succeed("train_gpt2", *flags, "--data_dir", "data", "--log_dir", "log")
+    assert seen == {16: {True}, 12: {False}, 2: {False}, 3: {False}}
+    assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from conftest import ROOT, call, losses, read_log, tiny_flags, weights_file, write_data_set
+from conftest import ROOT, random_gpt2, read_log, read_windows, succeed, tiny_flags, weights_file, write_data_set
 from safetensors.torch import load_file
 
 BLOCK_SIZE = 16
@@ -16,7 +15,7 @@ MICRO_BATCH_SIZE = 4
 MAX_STEPS = 45
 WARMUP_STEPS = 7
 LEARNING_RATE = 3e-3
-WEIGHT_DECAY = 0.1
+WEIGHT_DECAY = 0.2
 GRAD_CLIP = 1.5
 VAL_WINDOWS = 25  # not a multiple of the micro-batch
 EVAL_INTERVAL = 10
@@ -47,25 +46,20 @@ def text_shards(directory):
     return write_data_set(directory, train, val)
 
 
-def cut_windows(path):
-    """Return the windows of a shard in file order, an int64 tensor (N, BLOCK_SIZE + 1)."""
-    tokens = torch.from_numpy(np.load(path).astype(np.int64))
-    starts = range(0, len(tokens) - BLOCK_SIZE, BLOCK_SIZE)
-    return torch.stack([tokens[i : i + BLOCK_SIZE + 1] for i in starts])
-
-
 def loss_of(model, windows):
     """Return the mean loss of transformers' model on windows (B, BLOCK_SIZE + 1)."""
     logits = model(windows[:, :-1]).logits
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
-def cosine_learning_rate(step):
-    """Linear warmup, then half a cosine from the peak to a tenth of it."""
+def learning_rate(schedule, step):
+    """Linear warmup, then half a cosine to a tenth of the peak, or the peak and a line to 0 over 60% of the steps."""
     if step < WARMUP_STEPS:
         return LEARNING_RATE * (step + 1) / WARMUP_STEPS
-    angle = math.pi * (step - WARMUP_STEPS) / (MAX_STEPS - WARMUP_STEPS)
-    return LEARNING_RATE * (0.1 + 0.9 * (1 + math.cos(angle)) / 2)
+    if schedule == "cosine":
+        angle = math.pi * (step - WARMUP_STEPS) / (MAX_STEPS - WARMUP_STEPS)
+        return LEARNING_RATE * (0.1 + 0.9 * (1 + math.cos(angle)) / 2)
+    return LEARNING_RATE * min(1, (MAX_STEPS - step) / (0.6 * MAX_STEPS))
 
 
 def muon_step(parameter, momentum, lr, num_parts):
@@ -82,10 +76,13 @@ def muon_step(parameter, momentum, lr, num_parts):
     parameter.mul_(1 - lr * WEIGHT_DECAY).sub_(lr * torch.cat(parts, dim=1))
 
 
-def train_reference(model, directory, optimizer_name):
+def train_reference(model, directory, optimizer_name, schedule):
     """Train transformers' model with a plain loop. Returns {(step, kind): value}, the metrics of log.txt."""
-    train = torch.cat([cut_windows(path) for path in sorted(directory.glob("*_train_*"))])
-    val = torch.cat([cut_windows(path) for path in sorted(directory.glob("*_val_*"))])[:VAL_WINDOWS]
+    windows = {"train": [], "val": []}
+    for split, rows in windows.items():
+        for path in sorted(directory.glob(f"*_{split}_*")):
+            rows += read_windows(path, BLOCK_SIZE)
+    train, val = torch.tensor(windows["train"]), torch.tensor(windows["val"])
     muon = {}  # matrix of a block -> its momentum and its number of matrices
     if optimizer_name == "muon":
         for name, parameter in model.transformer.h.named_parameters():
@@ -116,38 +113,31 @@ def train_reference(model, directory, optimizer_name):
         norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in model.parameters()))
         for parameter in model.parameters():
             parameter.grad *= min(1.0, GRAD_CLIP / (norm + 1e-6))
+        lr = learning_rate(schedule, step)
         for group in optimizer.param_groups:
-            group["lr"] = cosine_learning_rate(step)
+            group["lr"] = lr
         optimizer.step()
         with torch.no_grad():
             for parameter, (momentum, num_parts) in muon.items():
-                muon_step(parameter, momentum, cosine_learning_rate(step), num_parts)
+                muon_step(parameter, momentum, lr, num_parts)
         metrics[step, "train"] = total
-        metrics[step, "lr"] = cosine_learning_rate(step)
+        metrics[step, "lr"] = lr
         metrics[step, "norm"] = norm
 
 
-def random_reference(directory):
-    """Save a GPT2LMHeadModel with fresh GPT-2 weights in directory, and return it."""
-    config = transformers.GPT2Config(
-        vocab_size=257, n_positions=BLOCK_SIZE, n_layer=2, n_head=2, n_embd=32, attn_implementation="eager"
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()  # no dropout
-    model.save_pretrained(directory)
-    return model
-
-
-@pytest.fixture(scope="module", params=["adamw", "muon"])
+@pytest.fixture(scope="module", params=[("adamw", "cosine"), ("muon", "wsd")], ids=str)
 def both_runs(request, tmp_path_factory):
     """Train both from the same initial weights. Returns (log_dir, metrics and model of the plain loop)."""
     folder = tmp_path_factory.mktemp("recipe")
     directory = text_shards(folder / "data")
     torch.manual_seed(0)
-    model = random_reference(folder / "initial")
-    flags = [*FLAGS, "--no-shuffle", "--init_from", folder / "initial", "--optimizer", request.param]
-    done = call("train_gpt2", *flags, "--data_dir", directory, "--log_dir", folder / "log")
-    assert done.returncode == 0, done.stderr
-    return folder / "log", train_reference(model, directory, request.param), model
+    shape = {"n_positions": BLOCK_SIZE, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    model = random_gpt2(folder / "initial", **shape, attn_implementation="eager")
+    optimizer, schedule = request.param
+    flags = [*FLAGS, "--no-shuffle", "--init_from", folder / "initial"]
+    flags += ["--optimizer", optimizer, "--schedule", schedule]
+    succeed("train_gpt2", *flags, "--data_dir", directory, "--log_dir", folder / "log")
+    return folder / "log", train_reference(model, directory, optimizer, schedule), model
 
 
 @pytest.mark.gpt2
@@ -185,28 +175,3 @@ def test_the_final_weights_equal_those_of_a_plain_loop_around_transformers(both_
             expected = torch.cat((expected[:32], expected[64:]))
             actual = torch.cat((actual[:32], actual[64:]))
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=3e-5, msg=name)
-
-
-# ------------------------------------------------------------------------------------- dropout
-def constant_shards(directory):
-    """A data set in which all windows are equal."""
-    tokens = np.tile(np.arange(65, 65 + BLOCK_SIZE), 100)
-    return write_data_set(directory, [tokens], [tokens])
-
-
-def dropout_losses(directory, log_dir, seed, dropout=0.5):
-    """Train five steps on equal windows with a learning rate of practically 0; returns the losses."""
-    flags = tiny_flags(learning_rate=1e-12, weight_decay=0, dropout=dropout, seed=seed, max_new_tokens=1)
-    done = call("train_gpt2", *flags, "--data_dir", directory, "--log_dir", log_dir)
-    assert done.returncode == 0, done.stderr
-    return list(losses(log_dir).values())
-
-
-def test_dropout_differs_in_each_step_and_is_the_same_in_each_run(tmp_path):
-    """Neither the weights nor the data change from step to step, so only dropout can change the loss."""
-    directory = constant_shards(tmp_path / "data")
-    first = dropout_losses(directory, tmp_path / "1", seed=1)
-    assert len(set(first)) == 5
-    assert dropout_losses(directory, tmp_path / "2", seed=1) == first
-    without = dropout_losses(directory, tmp_path / "3", seed=1, dropout=0)
-    assert max(without) - min(without) <= 1e-6

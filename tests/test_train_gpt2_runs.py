@@ -7,12 +7,11 @@ import re
 import shutil
 import sys
 import time
-import types
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 import torch.nn.functional as F
 import transformers
@@ -31,14 +30,12 @@ from conftest import (
     read_log,
     read_windows,
     reproducible,
-    run,
     sign,
+    succeed,
     tiny_flags,
     weights_file,
     write_data_set,
 )
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd  # as PyTorch documents it for custom backends
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -83,7 +80,7 @@ def weights(log_dir, step=5):
 def assert_same_losses(log_dir, expected_log_dir):
     """Check that two runs logged the same losses and norms, except for rounding.
 
-    Later losses are those of the updated weights. One run may have more validations.
+    Equal later losses mean equal updates. One run may have more validations.
     """
     for kind, tolerance in (("train", 2e-6), ("norm", 1.01e-4), ("val", 1.01e-4)):
         actual, expected = losses(log_dir, kind), losses(expected_log_dir, kind)
@@ -143,36 +140,29 @@ def test_two_different_samples_continue_the_prompt_at_every_validation(one_run):
     assert samples[-2].strip() != samples[-1].strip()
 
 
-def test_samples_contain_no_control_characters(byte_shards, tmp_path):
-    """A model that has learned nothing samples all bytes."""
-    stdout = train(byte_shards, tmp_path / "log", prompt="\x1b[31m", max_steps=1, max_new_tokens=100)
-    assert stdout.count("> \ufffd[31m") == 4
-    samples = stdout.partition("val loss")[2]
-    assert all(character.isprintable() or character == "\n" for character in samples)
-
-
 def test_an_empty_prompt_samples_from_the_end_of_text_token(byte_shards, tmp_path):
     stdout = train(byte_shards, tmp_path / "log", prompt="", max_steps=1)
     assert stdout.count("> <|endoftext|>") == 4
 
 
-def test_an_ascii_terminal_shows_question_marks(byte_shards, tmp_path):
+def test_samples_are_printable_also_on_an_ascii_terminal(byte_shards, tmp_path):
+    """A model that has learned nothing samples all bytes."""
+
     def before(rank):
         sys.stdout.reconfigure(encoding="ascii")
 
-    stdout = train_on_ranks(1, byte_shards, tmp_path / "log", before=before, prompt="caf\u00e9")
-    assert stdout.isascii() and stdout.count("> caf?") == 4
-
-
-def test_log_interval_concerns_the_screen_and_not_the_log_file(one_run, byte_shards, tmp_path):
-    stdout = train(byte_shards, tmp_path / "log", log_interval=2)
-    steps = [int(STEP_LINE.fullmatch(line)[1]) for line in lines_with("| loss", stdout)]
-    assert steps == [0, 2, 4]
-    assert losses(tmp_path / "log") == losses(one_run[1])
+    changes = {"prompt": "caf\u00e9\x1b[31m", "max_steps": 1, "max_new_tokens": 100}
+    stdout = train_on_ranks(1, byte_shards, tmp_path / "log", before=before, **changes)
+    assert stdout.count("> caf??[31m") == 4
+    assert stdout.isascii()
+    assert all(character.isprintable() or character == "\n" for character in stdout)
 
 
 def test_step_lines_show_duration_speed_and_the_time_left(one_run, byte_shards, tmp_path):
-    """On this clock a step takes 10 s, the first one 100 s more, and evaluation takes no time."""
+    """On this clock a step takes 10 s, the first one 100 s more, and evaluation takes no time.
+
+    --log_interval concerns the screen and not the log file.
+    """
 
     def before(rank):
         durations = iter([0, 110, 10, 10, 10, 10])
@@ -185,24 +175,17 @@ def test_step_lines_show_duration_speed_and_the_time_left(one_run, byte_shards, 
         register_optimizer_step_pre_hook(take_time)
         time.perf_counter = time.monotonic = lambda: now
 
-    stdout = train_on_ranks(1, byte_shards, tmp_path / "log", before=before)
-    rows = [STEP_LINE.fullmatch(line).groups()[2:] for line in lines_with("| loss", stdout)]
+    stdout = train_on_ranks(1, byte_shards, tmp_path / "log", before=before, log_interval=2)
+    rows = []
+    for line in lines_with("| loss", stdout):
+        step, _, *figures = STEP_LINE.fullmatch(line).groups()
+        rows.append((step, *figures))
     assert rows == [
-        ("110000.0", "1.2", "0:07:20"),
-        ("10000.0", "12.8", "0:00:30"),
-        ("10000.0", "12.8", "0:00:20"),
-        ("10000.0", "12.8", "0:00:10"),
-        ("10000.0", "12.8", "0:00:00"),
+        ("0", "110000.0", "1.2", "0:07:20"),
+        ("2", "10000.0", "12.8", "0:00:20"),
+        ("4", "10000.0", "12.8", "0:00:00"),
     ]
-
-
-def test_a_small_model_learns_more_than_character_frequencies(byte_shards, tmp_path):
-    changes = {"max_steps": 200, "eval_interval": 200, "learning_rate": 2e-2, "optimizer": "muon"}
-    train(byte_shards, tmp_path / "log", log_interval=200, **changes)
-    tokens = np.load(byte_shards / "excerpt_val_000000.npy")
-    frequencies = np.unique(tokens, return_counts=True)[1] / len(tokens)
-    entropy = -(frequencies * np.log(frequencies)).sum()
-    assert losses(tmp_path / "log", "val")[200] < entropy - 0.3
+    assert losses(tmp_path / "log") == losses(one_run[1])
 
 
 # ----------------------------------------------------------- gradient accumulation and processes
@@ -258,8 +241,9 @@ def test_every_rank_and_step_has_its_own_dropout(tmp_path):
                 file.write(f"{loss.item():.5f}\n")
             return loss
 
-        for step in range(5):
-            at_loss(step, record)(rank)
+        # record the losses of five micro-batches
+        for number in range(5):
+            at_loss(number, record)(rank)
 
     changes = {"micro_batch_size": 4, "dropout": 0.2, "learning_rate": 1e-12, "weight_decay": 0}
     train_on_ranks(2, data_dir, tmp_path / "log", before=before, **changes)
@@ -269,23 +253,21 @@ def test_every_rank_and_step_has_its_own_dropout(tmp_path):
 
 # --------------------------------------------------------------------------------- torch.compile
 def count_graphs(path):
-    """For before of a Run: compile without generating code, and add a line to path for each graph.
+    """Return a function for Run(before=...) that compiles without generating code, and counts the graphs.
 
-    The graph of a small function, with which a script may try the compiler, is not counted.
+    Each graph adds a line to path. The trainer's probe of the compiler has one input and is not counted.
     """
 
     def before(rank):
-        def compile_forward(graph, inputs):
+        compile_graph = torch._dynamo.lookup_backend("aot_eager")
+
+        def count_graph(graph, inputs):
             if len(inputs) > 1:
                 with open(f"{path}_{rank}", "a") as file:
                     file.write("graph\n")
-            return make_boxed_func(graph.forward)
+            return compile_graph(graph, inputs)
 
-        def compile_backward(graph, inputs):
-            return make_boxed_func(graph.forward)
-
-        backend = aot_autograd(fw_compiler=compile_forward, bw_compiler=compile_backward)
-        torch.compile = partial(torch.compile, backend=backend)
+        torch.compile = partial(torch.compile, backend=count_graph)
 
     return before
 
@@ -304,19 +286,6 @@ def test_compiled_ddp_without_accumulation_is_split_at_its_buckets(byte_shards, 
     train_on_ranks(2, byte_shards, tmp_path / "log", "--compile", before=before, **changes)
     for rank in (0, 1):
         assert (tmp_path / f"graphs_{rank}").read_text().count("graph") == 2 + 1
-    assert_same_losses(tmp_path / "log", tmp_path / "expected")
-
-
-@pytest.mark.skipif("INDUCTOR" not in os.environ, reason="takes a minute and a C++ compiler: set INDUCTOR=1")
-def test_compiled_code_gives_the_same_losses(byte_shards, tmp_path):
-    """With inductor, PyTorch's default."""
-    changes = {"n_layer": 1, "max_steps": 3}
-    train(byte_shards, tmp_path / "expected", **changes)
-    flags = [*tiny_flags(**changes), "--data_dir", byte_shards, "--log_dir", tmp_path / "log", "--compile"]
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    done = run("train_gpt2", *flags, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert list((tmp_path / "cache").rglob("*.cpp")), "nothing was compiled"
     assert_same_losses(tmp_path / "log", tmp_path / "expected")
 
 
@@ -455,9 +424,12 @@ def test_the_default_dtype_of_a_cpu_depends_on_its_matmuls(
 # ---------------------------------------------------------------------------------- checkpoints
 @pytest.mark.gpt2
 def test_transformers_pipeline_continues_text_from_a_checkpoint(one_run):
-    """The call without further arguments ends at the model's 16 positions."""
+    """The call without further arguments ends at the model's 16 positions. The tokenizer is in the checkpoint."""
     path = one_run[1] / "step_000005"
     pipeline = transformers.pipeline("text-generation", str(path), device="cpu")
+    tokenizer = pipeline.tokenizer
+    assert (len(tokenizer), tokenizer.eos_token_id) == (257, 256)
+    assert tokenizer("caf\u00e9\n")["input_ids"] == [*"caf\u00e9\n".encode()]
     assert pipeline("KING")[0]["generated_text"].startswith("KING")
     text = pipeline("KING", max_new_tokens=9, do_sample=False)[0]["generated_text"]
     model = load("train_gpt2").GPT.from_pretrained(path).eval()
@@ -468,34 +440,15 @@ def test_transformers_pipeline_continues_text_from_a_checkpoint(one_run):
     assert text == bytes(tokens).decode(errors="replace")
 
 
-DIFFICULT_TEXTS = [
-    "KING:\n  What's 12 x 34?",
-    "".join(map(chr, range(1, 400))),
-    "caf\u00e9 \u65e5\u672c \U0001f600\n\n ",
-]
-
-
-@pytest.mark.gpt2
-@pytest.mark.parametrize("text", DIFFICULT_TEXTS)
-def test_a_checkpoint_of_a_byte_model_contains_its_tokenizer(one_run, text):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(one_run[1] / "step_000005")
-    assert (len(tokenizer), tokenizer.eos_token_id) == (257, 256)
-    assert tokenizer(text)["input_ids"] == [*text.encode()]
-    assert tokenizer.decode([*text.encode()]) == text
-
-
 @pytest.mark.gpt2
 def test_a_run_on_gpt2_tokens_starts_at_10_82_and_saves_gpt2s_tokenizer(tiny_shakespeare, tiktoken_cache, tmp_path):
     flags = ["--input", tiny_shakespeare, "--tokenizer", "gpt2", "--out_dir", tmp_path / "data"]
-    assert call("prepare_shakespeare", *flags).returncode == 0
+    succeed("prepare_shakespeare", *flags)
     stdout = train(tmp_path / "data", tmp_path / "log", max_steps=1, hellaswag_interval=0)
     assert losses(tmp_path / "log")[0] == pytest.approx(10.82, abs=0.05)
     assert stdout.count("> KING") == 4
-    enc = tiktoken.get_encoding("gpt2")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "log" / "step_000001")
     assert (len(tokenizer), tokenizer.eos_token_id) == (50257, 50256)
-    for text in DIFFICULT_TEXTS:
-        assert tokenizer(text)["input_ids"] == enc.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("keep, expected", [(2, [6, 7]), (0, [2, 4, 6, 7])])
@@ -516,7 +469,7 @@ def test_resuming_a_finished_run_changes_nothing_and_repeats_its_samples(byte_sh
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_and_its_model_can_be_used(one_run, byte_shards, tmp_path):
-    """Its state had another format."""
+    """trainer.pt had another format then."""
     shutil.copytree(one_run[1], tmp_path / "log")
     checkpoint = tmp_path / "log" / "step_000005"
     state = torch.load(checkpoint / "trainer.pt", weights_only=True)
@@ -547,18 +500,8 @@ def test_the_best_model_is_kept_across_a_resume(byte_shards, tmp_path):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A module in place of wandb, which appends everything that it is given to wandb.rows."""
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    wandb.rows = []
-
-    def init(id, project, resume, **options):
-        wandb.rows.append({"id": id, "project": project, "resume": resume})
-        return wandb
-
-    wandb.init = init
-    wandb.log = lambda metrics, step: wandb.rows.append({"step": step, **metrics})
-    wandb.finish = lambda: wandb.rows.append({"end": True})
+    """A mock in place of the module wandb."""
+    wandb = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec("wandb", None))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     return wandb
 
@@ -567,22 +510,26 @@ def test_wandb_gets_the_metrics_and_a_resumed_run_continues_there(wandb, one_run
     train(byte_shards, tmp_path / "log", "--wandb", "mine", checkpoint_interval=3)
     remove_checkpoint(tmp_path / "log")
     train(byte_shards, tmp_path / "log", "--resume", "--wandb", "mine", checkpoint_interval=3)
-    first, second = [row for row in wandb.rows if "id" in row]
+    first, second = [started.kwargs for started in wandb.init.call_args_list]
     assert first["project"] == second["project"] == "mine"
     assert first["id"] == second["id"] and second["resume"] == "allow"
-    assert [row for row in wandb.rows if "end" in row] == 2 * [wandb.rows[-1]]
-    train_losses = {row["step"]: row["train"] for row in wandb.rows if "train" in row}
+    wandb_run = wandb.init.return_value
+    train_losses = {}
+    for logged in wandb_run.log.call_args_list:
+        if "train" in logged.args[0]:
+            train_losses[logged.kwargs["step"]] = logged.args[0]["train"]
     assert train_losses == losses(tmp_path / "log") == losses(one_run[1])
+    assert wandb_run.finish.call_count == 2
+    assert wandb_run.method_calls[-1] == mock.call.finish()
 
 
 @pytest.mark.parametrize("broken", ["init", "log"])
-def test_errors_of_wandb_do_not_end_a_run(wandb, one_run, byte_shards, tmp_path, monkeypatch, broken):
-    def fail(*args, **options):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(wandb, broken, fail)
+def test_errors_of_wandb_do_not_end_a_run(wandb, one_run, byte_shards, tmp_path, broken):
+    function = wandb.init if broken == "init" else wandb.init.return_value.log
+    function.side_effect = ConnectionError("no route to host")
     done = try_to_train(byte_shards, tmp_path / "log", "--wandb", "mine")
     assert done.returncode == 0
+    # log fails without a sign: a line for each step would hide the output
     assert done.stderr.count("warning: ") == done.stderr.count("\n") == (broken == "init")
     assert weights(tmp_path / "log") == weights(one_run[1])
 
@@ -615,19 +562,12 @@ def fine_tune(model, data_dir, log_dir, *flags):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    """(directory, model) of a random GPT2LMHeadModel over bytes with 40 positions and 3 layers."""
-    directory = tmp_path_factory.mktemp("pretrained")
-    torch.manual_seed(0)
-    return directory, random_gpt2(directory)
-
-
 @pytest.mark.gpt2
-def test_fine_tuning_starts_from_the_models_own_loss_and_lowers_it(pretrained, byte_shards, tmp_path):
+def test_fine_tuning_lowers_the_models_own_loss_and_resumes_to_the_same_bytes(byte_shards, tmp_path):
     """Positions are cropped from 40 to 16. Dropout is the flag's, 0, not the model's."""
-    directory, model = pretrained
-    fine_tune(directory, byte_shards, tmp_path / "log", "--max_steps", 20, "--learning_rate", 1e-2)
+    model = random_gpt2(tmp_path / "model")
+    line = [tmp_path / "model", byte_shards, tmp_path / "log", "--max_steps", 20, "--learning_rate", 1e-2]
+    fine_tune(*line, "--checkpoint_interval", 10)
     windows = read_windows(byte_shards / "excerpt_val_000000.npy", 16)[:25]
     val = losses(tmp_path / "log", "val")
     assert val[0] == pytest.approx(transformers_loss(model, windows), abs=6e-5)
@@ -635,16 +575,10 @@ def test_fine_tuning_starts_from_the_models_own_loss_and_lowers_it(pretrained, b
     config = json.loads((tmp_path / "log" / "step_000020" / "config.json").read_text())
     assert [config[name] for name in ("n_layer", "n_head", "n_embd", "n_positions")] == [3, 3, 48, 16]
     assert (model.config.resid_pdrop, config["resid_pdrop"]) == (0.1, 0)
-
-
-@pytest.mark.gpt2
-def test_fine_tuning_resumes_to_the_same_bytes(pretrained, byte_shards, tmp_path):
-    flags = ["--checkpoint_interval", 3]
-    fine_tune(pretrained[0], byte_shards, tmp_path / "whole", *flags)
-    shutil.copytree(tmp_path / "whole", tmp_path / "log")
-    remove_checkpoint(tmp_path / "log")
-    fine_tune(pretrained[0], byte_shards, tmp_path / "log", "--resume", *flags)
-    assert weights(tmp_path / "log") == weights(tmp_path / "whole")
+    whole = weights(tmp_path / "log", 20)
+    remove_checkpoint(tmp_path / "log", 20)
+    fine_tune(*line, "--checkpoint_interval", 10, "--resume")
+    assert weights(tmp_path / "log", 20) == whole
 
 
 # ------------------------------------------------------------------------------------ hellaswag
@@ -677,8 +611,7 @@ def hellaswag_folder(tiktoken_cache, tmp_path, monkeypatch):
                 texts.append(" ".join(words[start : start + num_words]))
             example = {"ind": ind, "label": ind % 4, "ctx": texts[0], "endings": texts[1:]}
             file.write(json.dumps(example) + "\n")
-    done = call("hellaswag", "--prepare", "--data", "examples.jsonl")
-    assert done.returncode == 0, done.stderr
+    succeed("hellaswag", "--prepare", "--data", "examples.jsonl")
     return tmp_path
 
 
