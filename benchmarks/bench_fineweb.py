@@ -13,7 +13,6 @@ Both must have the same tokens. Prints the medians, and the ratios round by roun
 minute.
 """
 
-import argparse
 import multiprocessing
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
-from common import HEADER, row
+from common import HEADER, environment, make_parser, row
 
 import fineweb
 
@@ -83,11 +82,12 @@ def read_texts(paths, max_bytes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--source", nargs="+", required=True, help="parquet files with a column text")
-    parser.add_argument("--megabytes", type=int, default=40, help="megabytes of text to use (default: 40)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each way (default: 5)")
+    parser.add_argument("--megabytes", type=int, default=40, help="megabytes of text to use")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each way")
     args = parser.parse_args()
+    print(environment("cpu"))
     texts, size = read_texts(args.source, args.megabytes * 1e6)
     print(f"{len(texts):,} documents, {size / 1e6:.1f} MB, medians of {args.rounds} rounds, {WORKERS} workers")
     encoding = tiktoken.get_encoding("gpt2")

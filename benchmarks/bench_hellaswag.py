@@ -18,21 +18,11 @@ import random
 import tempfile
 import time
 
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from common import HEADER, environment, make_parser, row
 
 import hellaswag
-
-
-def read_source(path):
-    """Return the text of a UTF-8 file, or of the first 200 rows of a parquet file."""
-    if path.endswith(".parquet"):
-        column = pq.ParquetFile(path).read_row_group(0, columns=["text"]).column(0)
-        return " ".join(column.to_pylist()[:200])
-    with open(path, encoding="utf-8") as file:
-        return file.read()
 
 
 def make_examples(text, tokenizer, n):
@@ -76,9 +66,9 @@ def parse_args():
     """Parse the command line."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--source", default="input.txt", help="UTF-8 text or parquet file that the examples are cut from")
+    add("--source", default="input.txt", help="UTF-8 text that the examples are cut from")
     add("--examples", type=int, default=100, help="number of examples")
-    add("--parts", type=int, help="number of turns; None: one for 25 examples")
+    add("--parts", type=int, default=0, help="number of turns; 0: one for every 25 examples")
     add("--batch_size", type=int, default=8, help="examples per batch, as in hellaswag.py")
     add("--n_layer", type=int, default=12, help="number of layers")
     add("--n_head", type=int, default=12, help="number of heads")
@@ -112,7 +102,8 @@ def main():
         return [prediction["pred_norm"] for prediction in hellaswag.evaluate(model, examples, args.batch_size)]
 
     # the methods take turns, part by part; neighbors in length are in one part
-    examples = make_examples(read_source(args.source), tokenizer, args.examples)
+    with open(args.source, encoding="utf-8") as file:
+        examples = make_examples(file.read(), tokenizer, args.examples)
     examples.sort(key=lambda example: example.length)
     methods = {"plain": lambda part: predict_plainly(peer, part), "ours": predict}
     predictions = {"plain": [], "ours": []}

@@ -45,7 +45,7 @@ def make_sparse_shards(directory, num_shards, tokens):
 def parse_args():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--data_dir", help="directory of token shards (default: synthetic ones)")
+    add("--data_dir", default="", help="directory of token shards; none: synthetic ones")
     add("--num_shards", type=int, default=20, help="number of synthetic shards")
     add("--steps", type=int, default=100_000, help="batches to read")
     add("--batch_size", type=int, default=16, help="windows per batch")
@@ -57,7 +57,7 @@ def main():
     args = parse_args()
     with tempfile.TemporaryDirectory() as directory:
         data_dir = args.data_dir or directory
-        if args.data_dir is None:
+        if not args.data_dir:
             tokens = max(4096, 200_000_000 // args.num_shards)  # per shard
             make_sparse_shards(directory, args.num_shards, tokens)
 

@@ -12,12 +12,12 @@ transformers computes its own loss. The contestants take turns in one process, s
 that slows down slows all of them. Prints tokens/s, the ratio to the peer round by round if the peer
 is measured too, the fraction of the matmul speed measured between the rounds (6 N + 12 n_layer
 n_embd T FLOPs per token), the seconds of the first step with compilation, and on a GPU the peak
-memory. Compilation is never taken from torch.compile's caches. The variants behind a comma change
-one thing: "float32" computes without autocast, "plain loss" computes the loss of all rows at once,
-"plain attention" stores all scores, "flash attention" takes FlashAttention where cuDNN's attention
-is the default, "bfloat16 residual" keeps the residual stream in bfloat16, and "tuned" lets the
-compiler try more variants of each kernel. --profile prints to stderr what the time of the last
-contestant goes into.
+memory. Compilation is never taken from torch.compile's caches. A name with a comma is a variant
+that changes one thing: "float32" computes without autocast, "plain loss" computes the loss of all
+rows at once, "plain attention" stores all scores, "flash attention" takes FlashAttention where
+cuDNN's attention is the default, "bfloat16 residual" keeps the residual stream in bfloat16, and
+"tuned" lets the compiler try more variants of each kernel. --profile prints to stderr what the time
+of the last contestant goes into.
 """
 
 import gc
@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from common import HEADER, environment, failed_row, make_parser, matmul_peak, row, synchronize
+from common import HEADER, environment, make_parser, matmul_peak, row, synchronize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
@@ -268,7 +268,8 @@ def main():
     for name in names:
         task = f"training step, {size}: {name}"
         if name in failed:
-            print(failed_row(task, failed[name]))
+            reason = " ".join(str(failed[name]).split()).replace("|", "/")
+            print(row(task, f"failed: {reason[:200]}"))
             continue
         peer, ratios = VARIANTS[name].peer, []
         if peer in speed:

@@ -35,12 +35,6 @@ def row(task, ours, peer="", ratios=(), limit=""):
     return f"| {task} | {ours} | {peer} | {ratio} | {limit} |"
 
 
-def failed_row(task, reason):
-    """Return a row of the table for something that could not be measured."""
-    reason = " ".join(str(reason).split()).replace("|", "/")
-    return row(task, f"failed: {reason[:200]}")
-
-
 def environment(device):
     """Return one line about what was measured: the version of PyTorch, the machine and the date."""
     return f"torch {torch.__version__}, {machine_name(device)}, {time.strftime('%Y-%m-%d')}"

@@ -54,12 +54,9 @@ def parse_args():
     parser = make_parser(__doc__)
     add = parser.add_argument
     names = ["step", "sample", "hellaswag", "fineweb"]
-    source_help = "parquet files to tokenize (default: made from input.txt)"
-    add_help = "flags for each benchmark, such as '--n_layer 1' to try everything"
     add("--device", choices=list(COMMANDS), default="cpu", help="device")
     add("--only", nargs="+", choices=names, default=names, help="benchmarks to run")
-    add("--source", nargs="+", metavar="FILE", help=source_help)
-    add("--add", default="", metavar="FLAGS", help=add_help)
+    add("--source", nargs="+", metavar="FILE", default=[], help="parquet files to tokenize; none: made from input.txt")
     return parser.parse_args()
 
 
@@ -72,7 +69,6 @@ def main():
             name, *flags = shlex.split(command)
             if name not in args.only:
                 continue
-            flags += shlex.split(args.add)
             if name == "fineweb":
                 sources = args.source or [f"{directory}/documents.parquet"]
                 if not args.source:
