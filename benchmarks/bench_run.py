@@ -11,10 +11,10 @@ settings.
 Each setting is a run of --steps steps in a process of its own. Flags after -- go to all runs. The
 time to the end of the first step includes Python's start, imports, checking the shards, the search
 for a micro-batch size on a GPU, a validation of one window, two samples of one token, and
-compiling. tokens/s are the median of the steps from --skip on. On a GPU, memory is the most that
-was in use during the run, with the CUDA context and what the allocator reserves. On a CPU, it is
-the peak resident memory of the process. A failed run is a row that says so; the exit status is then
-1. With --pauses, one run measures the seconds of a checkpoint, a validation with its samples, and
+compiling. tokens/s are the median of the steps from --skip on. On a GPU, memory is what the run
+used at most, with the CUDA context and what the allocator reserves. On a CPU, it is the peak
+resident memory of the process. A failed run is a row that says so; the exit status is then 1. With
+--pauses, one run measures the seconds of a checkpoint, a validation with its samples, and
 HellaSwag.
 """
 
@@ -37,8 +37,8 @@ SETTINGS = {
     "cpu": ["", "--compile", "--optimizer adamw --schedule cosine", "--dtype bfloat16"],
     "cuda": ["", "--no-compile", "--optimizer muon --schedule wsd", "--dtype float32"],
 }
-# Before the step with this number, only this one happens. Evaluations also happen at step 0, so that
-# what only the first one costs is not measured.
+# Each of these happens alone, before the step with this number. Evaluations also happen at step 0, so
+# that what only the first one costs is not measured.
 PAUSES = {"checkpoint": 5, "validation": 7, "HellaSwag": 9}
 
 
@@ -143,7 +143,7 @@ def measure_pauses(args, flags):
 def parse_args():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    settings_help = "flags of one run; give it once per run; none: four settings"
+    settings_help = "flags of one run, may be repeated; without it, there are runs with four settings"
     add("--steps", type=int, default=30, help="steps per run")
     add("--skip", type=int, default=5, help="first steps that do not count")
     add("--device", choices=list(SETTINGS), default="cpu", help="device")

@@ -124,6 +124,9 @@ def call(script, *args):
             main()
     except SystemExit as stop:
         status = stop.code or 0
+        if isinstance(status, str):  # sys.exit("error: ...") prints it
+            err.write(f"{status}\n")
+            status = 1
     finally:
         for number, handler in handlers.items():  # so that Ctrl-C still ends the tests
             signal.signal(number, handler)
@@ -225,7 +228,7 @@ def run_rank(folder, script, rank, ranks, flags, before):
 
 @cache
 def compiled(script):
-    """Compile a script, which takes time at each start otherwise. Returns the path of the bytecode."""
+    """Compile a script once, so that its runs start faster. Returns the path of the bytecode."""
     path = tempfile.mktemp(suffix=".pyc")
     return py_compile.compile(str(ROOT / f"{script}.py"), path, doraise=True)
 
@@ -414,16 +417,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
         info = {"id": repository, "sha": COMMIT, "siblings": siblings}
         self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
 
-    def reply_tree(self, repository, folder):
-        entries = []
-        for name, content in self.server.files[repository].items():
-            if name.startswith(f"{folder}/" if folder else ""):
-                entries.append({"type": "file", "path": name, "size": len(content), "oid": "0"})
-        if entries:
-            self.reply(200, json.dumps(entries).encode(), Content_Type="application/json")
-        else:
-            self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="not found")
-
     def reply_file(self, body, what):
         if body is None:
             self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="not found")
@@ -594,6 +587,7 @@ def tiny_shakespeare():
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """Every test starts from the same random state."""
+def same_state():
+    """Every test starts from the same random numbers, and with exact matmuls: scripts switch TF32 on."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")

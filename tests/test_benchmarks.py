@@ -19,11 +19,9 @@ STEP = f"{MODEL} --micro_batch_size 2 --block_size 16 --grad_accum_steps 2 --ste
 
 
 @pytest.fixture(autouse=True)
-def usual_settings():
-    """Restore the settings of PyTorch that benchmarks change."""
-    precision = torch.get_float32_matmul_precision()
+def compiler_caches():
+    """Switch the caches of torch.compile on again, which a benchmark switches off."""
     yield
-    torch.set_float32_matmul_precision(precision)
     torch.compiler.config.force_disable_caches = False
 
 
@@ -83,7 +81,7 @@ def test_every_variant_of_a_step_has_the_same_losses(dtype, tolerance):
 
 @pytest.mark.skipif("INDUCTOR" not in os.environ, reason="takes a minute and a C++ compiler: set INDUCTOR=1")
 def test_a_compiled_variant_computes_with_its_own_attention_kernel():
-    """Without OWN_CODE, torch.compile takes the code of a model of equal structure, and with it that model's kernel."""
+    """Without OWN_CODE, torch.compile reuses the code of a model of equal structure, with the kernel of that model."""
     bench_step = load("bench_step")
     torch.compiler.config.force_disable_caches = True  # as main() does
     usual = bench_step.VARIANTS["ours compiled"]

@@ -94,6 +94,7 @@ MISTAKES = [  # script, flags, words that the line contains
     ("hellaswag", "--model model --data texts.parquet", "texts.parquet --data"),
     ("hellaswag", "--model model --data good.jsonl --limit 0", "--limit 0"),
     ("hellaswag", "--model model --data good.jsonl --batch_size 0", "--batch_size 0"),
+    ("hellaswag", "--model model --data good.jsonl --device abacus", "--device abacus"),
     ("hellaswag", "--model nowhere --output nowhere/a.json", "--output nowhere/a.json"),
     ("sample", "", "log --model"),
     ("sample", "--model nowhere/model", "nowhere/model"),

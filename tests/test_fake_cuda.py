@@ -120,7 +120,8 @@ def test_training_computes_the_losses_of_the_cpu(results, folder, tmp_path, monk
 WAITS = {  # (command, step): most waits for the GPU with bfloat16 and with float16
     # the loss and the norm; float16 also reads, in two places, whether a gradient overflowed
     ("training", 1): (1, 3),
-    # a probe of the device, the validation, HellaSwag and both samples, whatever the number of batches and tokens
+    # a probe of the device, the validation, HellaSwag and both samples, whatever the number of batches and tokens;
+    # float16's first step adds two
     ("training", 0): (4, 6),
     # for each token its text, and whether the logits are numbers
     ("sampling", 0): (2 * NEW_TOKENS + 1, 2 * NEW_TOKENS + 1),

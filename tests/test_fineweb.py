@@ -155,7 +155,7 @@ def unfinished(data, tmp_path):
 
 # --------------------------------------------------------------------------------- exact tokens
 def at_the_same_time(n, function):
-    """Return function with a barrier: its first n calls go on when all have begun, which takes n threads.
+    """Return function, but each of its first n calls waits until all n have begun. That takes n threads.
 
     Fails after 10 seconds.
     """
@@ -492,7 +492,8 @@ def test_verify_names_every_damaged_shard(data, tmp_path):
     directory = tmp_path / "out"
     shutil.copytree(data["folder"] / "out", directory)
     val, *train = sorted(data["shards"], key=lambda name: name[-10:])
-    flip_bit(directory / train[0])
+    # other tokens, with the same length and without an id beyond the vocabulary
+    np.save(directory / train[0], np.load(directory / train[0])[::-1])
     truncate(directory / train[1])
     (directory / val).unlink()
     assert_user_error(call("fineweb", "--verify", directory), val, *train[:2])
@@ -579,9 +580,16 @@ def test_a_hub_that_stays_away_is_one_line_and_the_run_continues(texts_hub, data
 
 
 def test_a_file_that_the_hub_refuses_is_asked_for_once(texts_hub, tmp_path, impatient):
-    """Waiting does not help if a file is missing or gated. A second request would succeed here."""
-    texts_hub.trouble = [("GET", 404)]
-    assert_user_error(call("fineweb", *HUB_FLAGS, tmp_path / "out"), ".parquet")
+    """Waiting does not help if a file is missing or gated."""
+
+    def remove_file(request):  # the Hub asks this function at each request
+        if "resolve" in request.path:
+            texts_hub.files["me/texts"].pop("sample/10BT/002.parquet", None)
+        return False
+
+    texts_hub.refuses = remove_file
+    assert_user_error(call("fineweb", *HUB_FLAGS, tmp_path / "out"), "002.parquet")
+    assert sum("002.parquet" in path for _, path in texts_hub.log) == 1
 
 
 @posix

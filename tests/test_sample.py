@@ -134,6 +134,12 @@ def test_16_bit_logits_are_as_close_to_float32_as_those_of_transformers(dtype, d
     assert 0 < error < 2 * (expected - exact).pow(2).mean()
 
 
+def test_a_model_that_is_stored_in_16_bits_computes_in_float32(small):
+    model, directory = small
+    model.bfloat16().save_pretrained(directory)
+    assert {parameter.dtype for parameter in load_gpt(directory).parameters()} == {torch.float32}
+
+
 # ------------------------------------------------------------------------------ random choices
 def are_plausible(counts, probs):
     """Tell whether no count (V,) is further from its expected value than 5 standard deviations plus 3."""
@@ -218,7 +224,7 @@ def test_logits_that_are_not_finite_raise_an_error(bad, temperature):
 
 # ---------------------------------------------------------------------------------------- text
 def decode_pieces(data, stops=()):
-    """Return what StreamDecoder returns after each byte, one token each, at the end of the text, and after it."""
+    """Decode bytes, the end of the text and one more byte. Returns the text that StreamDecoder returns for each."""
     decoder = sample.StreamDecoder(TOKENIZER, stops)
     return [decoder.add(token) for token in [*data, 256, 98]]
 
@@ -246,7 +252,7 @@ def cut_at_stop(text, stops):
     return text
 
 
-def test_stop_texts_cut_as_brute_force_does_and_hold_back_less_than_a_stop_text():
+def test_text_is_cut_at_stop_texts_as_by_brute_force_and_is_not_held_back_for_long():
     rng = random.Random(1)
     for _ in range(500):
         text = "".join(rng.choices("abé", k=rng.randint(0, 12)))

@@ -1,6 +1,6 @@
-"""The model and the optimizers of train_gpt2.py, and the directories from which it and sample.py load models.
+"""The model and the optimizers of train_gpt2.py, and the directories from which models are loaded.
 
-hellaswag.py loads them with the same copied block as sample.py. Comparisons run on the CPU and, on a machine with a
+All scripts load them with the same copied block. Comparisons run on the CPU and, on a machine with a
 GPU, also there (-m gpu). Tests with the mark gpt2 hold for GPT-2's architecture only; the others must hold after a
 change of the model as well.
 """
@@ -17,6 +17,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 import transformers
 from conftest import (
+    DEVICES,
     NO_SHAPE,
     assert_user_error,
     call,
@@ -44,10 +45,8 @@ SHAPES = {
     "gpt2 tokens": {"vocab_size": 50257, "n_positions": 16, "n_layer": 1, "n_head": 1, "n_embd": 16},
     "deep": {"vocab_size": 257, "n_positions": 32, "n_layer": 4, "n_head": 3, "n_embd": 48},
 }
-DEVICES = ["cpu"]
 if torch.cuda.is_available():
     SHAPES["124M"] = {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
-    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 # largest relative difference of logits and losses
 TOLERANCES = {
     ("cpu", "float32"): 1e-5,
@@ -65,8 +64,7 @@ both_scripts = pytest.mark.parametrize("script", ["train_gpt2", "sample"])
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """The CPU and, if there is one, a GPU. float32 is exact there too: training switches TF32 on."""
-    torch.set_float32_matmul_precision("highest")
+    """The CPU and, if there is one, a GPU."""
     return request.param
 
 
@@ -161,7 +159,7 @@ def test_dropout_drops_the_same_elements_as_in_transformers(tmp_path):
 # --------------------------------------------------------------------------------- checkpoints
 @gpt2
 def test_a_round_trip_through_transformers_changes_no_bit(tmp_path):
-    """Our file also has float32 weights, without padding and without a second head, if the model is in 16 bits."""
+    """A model in 16 bits is saved as float32, without padding rows and without a second head."""
     random_reference(tmp_path / "theirs")
     GPT.from_pretrained(str(tmp_path / "theirs")).bfloat16().save_pretrained(tmp_path / "ours")
     reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -171,7 +169,7 @@ def test_a_round_trip_through_transformers_changes_no_bit(tmp_path):
     for other in others:
         assert first.keys() == other.keys()
         for name, tensor in first.items():
-            torch.testing.assert_close(tensor, other[name], rtol=0, atol=0, msg=name)  # compares dtypes, too
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=0, msg=name)  # and the same dtype
     config = reopened.config
     assert (config.tokenizer, config.bos_token_id, config.eos_token_id) == ("bytes", 256, 256)
     with safe_open(tmp_path / "ours" / "model.safetensors", "pt") as file:
@@ -252,7 +250,6 @@ LAYOUTS = {
 @gpt2
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_directory_as_people_have_it_loads(tmp_path, layout):
-    """sample.py and hellaswag.py load it with the same copied block."""
     changes, change = LAYOUTS[layout]
     theirs = random_reference(tmp_path, **changes)
     change(tmp_path)

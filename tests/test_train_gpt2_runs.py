@@ -30,6 +30,7 @@ from conftest import (
     read_log,
     read_windows,
     reproducible,
+    run,
     sign,
     succeed,
     tiny_flags,
@@ -145,17 +146,20 @@ def test_an_empty_prompt_samples_from_the_end_of_text_token(byte_shards, tmp_pat
     assert stdout.count("> <|endoftext|>") == 4
 
 
-def test_samples_are_printable_also_on_an_ascii_terminal(byte_shards, tmp_path):
+def test_samples_contain_no_control_characters(byte_shards, tmp_path):
     """A model that has learned nothing samples all bytes."""
+    stdout = train(byte_shards, tmp_path / "log", prompt="\x1b[31m\x9b", max_steps=1, max_new_tokens=100)
+    assert stdout.count("> \ufffd[31m\ufffd") == 4
+    samples = stdout.partition("val loss")[2]
+    assert all(character.isprintable() or character == "\n" for character in samples)
 
+
+def test_an_ascii_terminal_shows_question_marks(byte_shards, tmp_path):
     def before(rank):
         sys.stdout.reconfigure(encoding="ascii")
 
-    changes = {"prompt": "caf\u00e9\x1b[31m", "max_steps": 1, "max_new_tokens": 100}
-    stdout = train_on_ranks(1, byte_shards, tmp_path / "log", before=before, **changes)
-    assert stdout.count("> caf??[31m") == 4
-    assert stdout.isascii()
-    assert all(character.isprintable() or character == "\n" for character in stdout)
+    stdout = train_on_ranks(1, byte_shards, tmp_path / "log", before=before, prompt="caf\u00e9", max_steps=1)
+    assert stdout.isascii() and stdout.count("> caf?") == 4
 
 
 def test_step_lines_show_duration_speed_and_the_time_left(one_run, byte_shards, tmp_path):
@@ -286,6 +290,19 @@ def test_compiled_ddp_without_accumulation_is_split_at_its_buckets(byte_shards, 
     train_on_ranks(2, byte_shards, tmp_path / "log", "--compile", before=before, **changes)
     for rank in (0, 1):
         assert (tmp_path / f"graphs_{rank}").read_text().count("graph") == 2 + 1
+    assert_same_losses(tmp_path / "log", tmp_path / "expected")
+
+
+@pytest.mark.skipif("INDUCTOR" not in os.environ, reason="takes a minute and a C++ compiler: set INDUCTOR=1")
+def test_compiled_code_gives_the_same_losses(byte_shards, tmp_path):
+    """With inductor, PyTorch's default."""
+    changes = {"n_layer": 1, "max_steps": 3}
+    train(byte_shards, tmp_path / "expected", **changes)
+    flags = [*tiny_flags(**changes), "--data_dir", byte_shards, "--log_dir", tmp_path / "log", "--compile"]
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    done = run("train_gpt2", *flags, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list((tmp_path / "cache").rglob("*.cpp")), "nothing was compiled"
     assert_same_losses(tmp_path / "log", tmp_path / "expected")
 
 
@@ -449,6 +466,8 @@ def test_a_run_on_gpt2_tokens_starts_at_10_82_and_saves_gpt2s_tokenizer(tiny_sha
     assert stdout.count("> KING") == 4
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "log" / "step_000001")
     assert (len(tokenizer), tokenizer.eos_token_id) == (50257, 50256)
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "log" / "step_000001" / name).read_bytes() == (tmp_path / "data" / name).read_bytes()
 
 
 @pytest.mark.parametrize("keep, expected", [(2, [6, 7]), (0, [2, 4, 6, 7])])
