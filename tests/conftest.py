@@ -85,7 +85,7 @@ def tiny_flags(**changes):
 EXAMPLE = {"ind": 5, "label": 1, "ctx": "a", "endings": ["b", "c", "d", "e"]}
 
 TINY = tiny_flags()
-NO_SHAPE = tiny_flags(n_layer=None, n_head=None, n_embd=None)  # for --init_from
+NO_SHAPE = dict.fromkeys(("n_layer", "n_head", "n_embd"))  # for --init_from
 
 
 # ------------------------------------------------------------------------------------- scripts
@@ -109,9 +109,7 @@ def call(script, *args):
     if module.__name__ == "train_gpt2":  # its errors are reported by a function around main()
         main = partial(module.run, main)
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    names = ["SIGTERM", "SIGINT", "SIGUSR1"]
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     status = 0
     try:
         with (
@@ -351,12 +349,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """The part of the Hugging Face Hub from which models and data sets are downloaded.
 
     server.files:    {repository: {file name: content}}
-    server.log:      (kind, path) of the requests so far; kinds are "info", "HEAD" and "GET"
-    server.trouble:  a list of (kind, what goes wrong once): an HTTP status, or for "GET" "drop" (the
-                     connection breaks after half of the file), "truncated" (half of the file, with a
-                     Content-Length that fits it) or "damaged" (one bit has changed)
-    server.refuses(request) tells whether a request is answered with 503, and server.hangs(request)
-    whether it is never answered.
+    server.log:      the requests so far, for example "GET /datasets/me/texts/resolve/COMMIT/a.parquet"
+    server.trouble:  a list of (text, what goes wrong once, in a request that contains the text)
+
+    What goes wrong is an HTTP status or one of these words: "missing" (there is no such file), "hang"
+    (no answer), "drop" (the connection breaks after half of the file), "truncated" (half of the file,
+    with a Content-Length that fits it), "damaged" (one bit has changed).
     """
 
     protocol_version = "HTTP/1.1"
@@ -370,13 +368,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         # for example /me/model/resolve/COMMIT/NAME or /api/datasets/me/texts
         parts = re.sub("^(/api)?(/datasets|/models)?/", "", path).split("/")
         repository, action, name = "/".join(parts[:2]), "".join(parts[2:3]), "/".join(parts[4:])
-        kind = self.command if action == "resolve" else "info"
-        server.log.append((kind, path))
-        if server.hangs(self):
-            time.sleep(1000)
-        if server.refuses(self):
-            self.reply(503, b"busy")
-            return
+        request = f"{self.command} {path}"
+        server.log.append(request)
         if repository not in server.files:
             self.reply(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
             return
@@ -384,14 +377,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if action == "resolve" and parts[3] != COMMIT:
             self.reply(404, X_Error_Code="RevisionNotFound", X_Error_Message="Ask for a commit")
             return
-        troubles = [trouble for trouble in server.trouble if trouble[0] == kind]
+        troubles = [trouble for trouble in server.trouble if trouble[0] in request]
         what = None
         if troubles:
             server.trouble.remove(troubles[0])
             what = troubles[0][1]
+        if what == "hang":
+            time.sleep(1000)
         if isinstance(what, int):
             self.reply(what, b"busy")
-        elif kind == "info":
+        elif action != "resolve":
             self.reply_info(repository)
         else:
             self.reply_file(server.files[repository].get(name), what)
@@ -418,7 +413,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
 
     def reply_file(self, body, what):
-        if body is None:
+        if body is None or what == "missing":
             self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="not found")
             return
         # the Hub's ETag of a large file is its SHA-256
@@ -440,7 +435,6 @@ def hub(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True
     server.files, server.log, server.trouble = {}, [], []
-    server.refuses = server.hangs = lambda request: False
     server.url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -476,6 +470,12 @@ def reproducible(log_dir):
 def weights_file(log_dir, step=5):
     """Return the path of the weights in a checkpoint."""
     return Path(log_dir) / f"step_{step:06d}" / "model.safetensors"
+
+
+def files_in(directory):
+    """Return {path: content} of all files below a directory except for locks."""
+    paths = [path for path in directory.rglob("*") if path.is_file() and path.name != "lock"]
+    return {path: path.read_bytes() for path in paths}
 
 
 def sign(checkpoint):

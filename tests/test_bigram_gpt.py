@@ -20,7 +20,6 @@ SHAPE = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
 SMALL_GPT = [*SMALL, "--device", "cpu", "--batch_size", 4]
 for flag, size in SHAPE.items():
     SMALL_GPT += [f"--{flag}", size]
-posix = pytest.mark.skipif(os.name != "posix", reason="needs forks")
 both_scripts = pytest.mark.parametrize("script", ["bigram", "gpt"])
 both_scripts_small = pytest.mark.parametrize(
     "script, flags",
@@ -273,7 +272,6 @@ def test_saved_model_is_the_best_one_and_gives_the_same_text_when_loaded(tmp_pat
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pt", "noise.txt"]
 
 
-@posix
 def test_ctrl_c_keeps_the_best_model_and_each_loss_is_printed_at_once(text_file, tmp_path):
     flags = ["--input", text_file, *SMALL_GPT, "--max_steps", 10**6, "--eval_interval", 50]
     run = Run(*flags, "--save", tmp_path / "model.pt", script="gpt")
@@ -291,7 +289,6 @@ def test_ctrl_c_keeps_the_best_model_and_each_loss_is_printed_at_once(text_file,
 
 
 # ------------------------------------------------------------------------------ terminals and errors
-@posix
 @both_scripts_small
 def test_a_terminal_that_lacks_a_character_shows_a_question_mark(script, flags, tmp_path):
     """The byte order mark with which the file begins is not a character of the text."""

@@ -22,6 +22,7 @@ from conftest import (
     Run,
     assert_user_error,
     call,
+    files_in,
     random_gpt2,
     replace_tokens,
     succeed,
@@ -199,19 +200,13 @@ def folder(byte_shards, text_file, tmp_path_factory):
     return folder
 
 
-def files_in(directory):
-    """Return {path: content} of all files below a directory except for locks."""
-    paths = [path for path in directory.rglob("*") if path.is_file() and path.name != "lock"]
-    return {path: path.read_bytes() for path in paths}
-
-
 @pytest.mark.parametrize("script, flags, words", MISTAKES, ids=[f"{script} {flags}" for script, flags, _ in MISTAKES])
 def test_a_mistake_is_one_line(script, flags, words, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     before = files_in(folder)
     flags = shlex.split(flags)
     if script == "train_gpt2":
-        flags = [*NO_SHAPE, "--log_dir", "new", "--data_dir", "data", *flags]
+        flags = [*tiny_flags(**NO_SHAPE), "--log_dir", "new", "--data_dir", "data", *flags]
     if script == "fineweb":
         flags = ["--local_dir", tmp_path.name, "--tokenizer", "bytes", *flags]
     done = call(script, *flags)
@@ -222,7 +217,7 @@ def test_a_mistake_is_one_line(script, flags, words, folder, tmp_path, monkeypat
 
 @pytest.mark.gpt2
 def test_a_model_with_another_tokenizer_than_the_data_is_refused(folder, tmp_path):
-    flags = [*NO_SHAPE, "--init_from", folder / "gpt2_model", "--data_dir", folder / "data"]
+    flags = [*tiny_flags(**NO_SHAPE), "--init_from", folder / "gpt2_model", "--data_dir", folder / "data"]
     done = call("train_gpt2", *flags, "--log_dir", tmp_path / "log")
     assert_user_error(done, folder / "gpt2_model", folder / "data", "gpt2", "bytes")
 

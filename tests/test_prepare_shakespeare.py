@@ -133,7 +133,6 @@ def test_a_directory_with_other_files_is_refused_and_kept(flags, tmp_path, tikto
 
 
 # ----------------------------------------------------------------------------------- interruptions
-@pytest.mark.skipif(os.name != "posix", reason="needs forks")
 def test_a_data_set_is_complete_or_absent_whenever_the_script_dies(flags, tmp_path):
     for n in range(1, 100):
 
@@ -150,7 +149,6 @@ def test_a_data_set_is_complete_or_absent_whenever_the_script_dies(flags, tmp_pa
     assert names_in(tmp_path / "out") == FILES
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs forks and limits")
 def test_a_full_disk_is_an_error_and_leaves_nothing(flags, tmp_path):
     [done] = Run(*flags, script="prepare_shakespeare", before=lambda rank: limit_files(10_000)).wait()
     assert_user_error(done, tmp_path / "out", "--out_dir")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EXAMPLE, ROOT, SCRIPTS, call, load, random_gpt2
+from conftest import EXAMPLE, ROOT, SCRIPTS, call, random_gpt2
 
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 BENCHMARKS = [name for name in BENCHMARKS if name not in ("common", "bfloat16_residual")]  # without flags of their own
@@ -111,22 +111,18 @@ class Parsed(BaseException):
 
 @pytest.fixture
 def parse(monkeypatch):
-    """Return a function that parses the flags of a program. It returns (parser, values)."""
+    """Return a function that parses the flags of a program. It returns the parser."""
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *args):
-        raise Parsed(self, parse_args(self, *args))
+        parse_args(self, *args)
+        raise Parsed(self)
 
     def parse_flags(name, arguments):
-        module = load(name)
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-        try:
-            done = call(module, *arguments)
-            pytest.fail(f"{name}.py {shlex.join(arguments)}: {done.stderr}")
-        except Parsed as parsed:
-            return parsed.args
-        finally:
-            monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        with monkeypatch.context() as patch, pytest.raises(Parsed) as parsed:
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+            call(name, *arguments)
+        return parsed.value.args[0]
 
     return parse_flags
 
@@ -134,7 +130,7 @@ def parse(monkeypatch):
 @pytest.mark.parametrize("name", [*SCRIPTS, *BENCHMARKS])
 def test_help_explains_every_flag(name, parse):
     required = {"plot": ["log"], "bench_fineweb": ["--source", "books.parquet"]}
-    parser, _ = parse(name, required.get(name, []))
+    parser = parse(name, required.get(name, []))
     for action in parser._actions:
         assert action.help, action.option_strings
     text = parser.format_help()  # also finds a stray percent sign

@@ -5,7 +5,6 @@ GPU, also there (-m gpu). Tests with the mark gpt2 hold for GPT-2's architecture
 change of the model as well.
 """
 
-import contextlib
 import math
 from functools import partial
 
@@ -70,7 +69,7 @@ def device(request):
 
 @pytest.fixture(params=SHAPES)
 def shape(request, device):
-    """A shape of GPT-2 with the words of transformers."""
+    """A shape of GPT-2 with transformers' names."""
     if request.param == "124M" and device == "cpu":
         pytest.skip("too slow on a CPU")
     return SHAPES[request.param]
@@ -107,11 +106,6 @@ def relative_difference(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def autocast(device, dtype):
-    """Return a context in which matmuls are computed in a dtype."""
-    return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device, getattr(torch, dtype))
-
-
 # -------------------------------------------------------------------- the same as transformers
 @gpt2
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,7 +114,7 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(tmp_path, shape, 
     ours = GPT.from_pretrained(str(tmp_path)).to(device).eval()
     tokens = torch.randint(shape["vocab_size"], (3, shape["n_positions"] + 1)).to(device)
     scale = 1024 if dtype == "float16" else 1  # small float16 numbers become 0
-    with autocast(device, dtype):
+    with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
         logits, no_loss = ours(tokens[:, :-1])
         _, loss = ours(tokens[:, :-1], tokens[:, 1:])
         expected_logits = theirs(tokens[:, :-1]).logits.float()
@@ -182,15 +176,16 @@ def edit_config(**changes):
     return lambda directory: edit_json(directory / "config.json", **changes)
 
 
-def change_weights(directory, change):
-    """Replace the tensors of model.safetensors, a dict, by change(tensors)."""
-    path = directory / "model.safetensors"
-    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+def edit_weights(change):
+    """Return a function that changes the weights in a directory with change(tensors), where tensors is a dict."""
 
+    def edit(directory):
+        path = directory / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
 
-def add_tensor(name, tensor):
-    """Return a function that adds a tensor to the weights in a directory, or replaces it."""
-    return lambda directory: change_weights(directory, lambda tensors: {**tensors, name: tensor})
+    return edit
 
 
 def split_into_files(directory):
@@ -201,27 +196,23 @@ def split_into_files(directory):
     assert len(list(directory.glob("model-*.safetensors"))) > 2
 
 
-def store_as_on_the_hub(directory):
+def store_as_on_the_hub(tensors):
     """The gpt2 files on the Hub have no "transformer." before the names, and contain attention masks."""
-
-    def change(tensors):
-        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-        for i in range(2):
-            tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 20, 20).tril()
-            tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-        return tensors
-
-    change_weights(directory, change)
+    for name in list(tensors):
+        tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+    for i in range(2):
+        tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 20, 20).tril()
+        tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
 
 
-def store_the_head(directory, difference=0.0):
+def store_the_head(tensors, difference=0.0):
     """Store the output head as well."""
-    embedding = load_file(directory / "model.safetensors")["transformer.wte.weight"]
-    add_tensor("lm_head.weight", embedding + difference)(directory)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + difference
 
 
-def store_in_16_bits(directory):
-    change_weights(directory, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+def store_in_16_bits(tensors):
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.bfloat16()
 
 
 def put_into_a_run(directory):
@@ -236,9 +227,9 @@ def put_into_a_run(directory):
 # directories as people have them: (changes of the shape, function that changes the directory)
 LAYOUTS = {
     "several files": ({}, split_into_files),
-    "the Hub's gpt2": ({}, store_as_on_the_hub),
-    "a stored head": ({}, store_the_head),
-    "16 bits": ({}, store_in_16_bits),
+    "the Hub's gpt2": ({}, edit_weights(store_as_on_the_hub)),
+    "a stored head": ({}, edit_weights(store_the_head)),
+    "16 bits": ({}, edit_weights(store_in_16_bits)),
     "missing fields": ({}, edit_config(activation_function=None, layer_norm_epsilon=None)),
     "n_inner of 4 n_embd": ({}, edit_config(n_inner=128)),
     "a padding token": ({"vocab_size": 258}, lambda directory: None),
@@ -277,16 +268,6 @@ def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch):
     assert sorted(kept) == sorted(needed)
 
 
-def pickle_weights(directory):
-    (directory / "model.safetensors").unlink()
-    torch.save({}, directory / "pytorch_model.bin")
-
-
-def remove_tensor(name):
-    """Return a function that removes a tensor from the weights in a directory."""
-    return lambda directory: change_weights(directory, lambda tensors: {n: t for n, t in tensors.items() if n != name})
-
-
 # damage: (what the message must contain, function that damages a directory)
 DAMAGES = {
     "no config": ("config.json", lambda directory: (directory / "config.json").unlink()),
@@ -294,12 +275,15 @@ DAMAGES = {
     "another model type": ("llama", edit_config(model_type="llama")),
     "another vocabulary": ("vocab_size", edit_config(vocab_size=65)),
     "other attention": ("scale_attn_weights", edit_config(scale_attn_weights=False)),
-    "pickled weights": ("model.safetensors", pickle_weights),
+    "no weights": ("model.safetensors", lambda directory: (directory / "model.safetensors").unlink()),
     "truncated weights": ("", lambda directory: truncate(directory / "model.safetensors")),
-    "a missing tensor": ("h.0.ln_1.bias", remove_tensor("transformer.h.0.ln_1.bias")),
-    "an unknown tensor": ("h.0.surprise", add_tensor("h.0.surprise", torch.zeros(3))),
-    "a tensor of another shape": ("wpe.weight", add_tensor("transformer.wpe.weight", torch.zeros(20, 31))),
-    "an untied head": ("lm_head.weight", partial(store_the_head, difference=0.1)),
+    "a missing tensor": ("h.0.ln_1.bias", edit_weights(lambda tensors: tensors.pop("transformer.h.0.ln_1.bias"))),
+    "an unknown tensor": ("surprise", edit_weights(lambda tensors: tensors.update(surprise=torch.ones(3)))),
+    "another shape": (
+        "wpe.weight",
+        edit_weights(lambda tensors: tensors.update({"transformer.wpe.weight": torch.ones(20, 31)})),
+    ),
+    "an untied head": ("lm_head.weight", edit_weights(partial(store_the_head, difference=0.1))),
 }
 
 
@@ -313,7 +297,8 @@ def test_a_directory_without_a_complete_gpt2_is_refused(tmp_path, script, damage
     inflict(directory)
     if script == "train_gpt2":
         data_dir = write_data_set(tmp_path / "data", [range(99)], [range(99)])
-        flags = [*NO_SHAPE, "--init_from", directory, "--data_dir", data_dir, "--log_dir", tmp_path / "log"]
+        flags = ["--init_from", directory, "--data_dir", data_dir, "--log_dir", tmp_path / "log"]
+        flags += tiny_flags(**NO_SHAPE)
     else:
         flags = ["--model", directory, "--device", "cpu"]
     assert_user_error(call(script, *flags), directory, needle)

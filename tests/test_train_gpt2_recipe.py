@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, random_gpt2, read_log, read_windows, succeed, tiny_flags, weights_file, write_data_set
+from conftest import (
+    NO_SHAPE,
+    ROOT,
+    random_gpt2,
+    read_log,
+    read_windows,
+    succeed,
+    tiny_flags,
+    weights_file,
+    write_data_set,
+)
 from safetensors.torch import load_file
 
 BLOCK_SIZE = 16
@@ -20,9 +30,7 @@ GRAD_CLIP = 1.5
 VAL_WINDOWS = 25  # not a multiple of the micro-batch
 EVAL_INTERVAL = 10
 FLAGS = tiny_flags(
-    n_layer=None,
-    n_head=None,
-    n_embd=None,
+    **NO_SHAPE,
     block_size=BLOCK_SIZE,
     total_batch_size=WINDOWS_PER_STEP * BLOCK_SIZE,
     micro_batch_size=MICRO_BATCH_SIZE,

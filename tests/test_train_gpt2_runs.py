@@ -18,11 +18,11 @@ import transformers
 from conftest import (
     NO_SHAPE,
     ROOT,
-    TINY,
     Run,
     assert_user_error,
     at_loss,
     call,
+    files_in,
     load,
     losses,
     names_in,
@@ -306,15 +306,12 @@ def test_compiled_code_gives_the_same_losses(byte_shards, tmp_path):
     assert_same_losses(tmp_path / "log", tmp_path / "expected")
 
 
-def test_a_missing_compiler_is_one_line(byte_shards, tmp_path):
-    def before(rank):
-        def fail(graph, inputs):
-            raise RuntimeError("no C++ compiler")
+def test_a_missing_compiler_is_one_line(byte_shards, tmp_path, monkeypatch):
+    def fail(graph, inputs):
+        raise RuntimeError("no C++ compiler")
 
-        torch.compile = partial(torch.compile, backend=fail)
-
-    flags = [*TINY, "--data_dir", byte_shards, "--log_dir", tmp_path / "log", "--compile"]
-    [done] = Run(*flags, before=before).wait()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
+    done = try_to_train(byte_shards, tmp_path / "log", "--compile")
     assert_user_error(done, "no C++ compiler", "--no-compile")
     assert not (tmp_path / "log" / "log.txt").exists()
 
@@ -355,14 +352,14 @@ def test_a_run_without_gpt2s_vocabulary_trains_without_samples(tmp_path, monkeyp
 @pytest.mark.parametrize("source", ["--resume", "--init_from"])
 def test_eval_only_prints_the_loss_of_a_checkpoint_and_writes_nothing(one_run, byte_shards, tmp_path, source):
     shutil.copytree(one_run[1], tmp_path / "log")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = files_in(tmp_path)
     flags = ["--resume"] if source == "--resume" else ["--init_from", tmp_path / "log", "--block_size", 16]
     flags += ["--val_tokens", 400, "--data_dir", byte_shards, "--log_dir", tmp_path / "log", "--device", "cpu"]
     done = call("train_gpt2", "--eval_only", *flags)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{losses(one_run[1], 'val')[5]:.4f}" in done.stdout
     assert "| loss" not in done.stdout
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert files_in(tmp_path) == before
 
 
 # ---------------------------------------------------------------------------------------- dtypes
@@ -497,7 +494,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_and_its_model_can_be_used
     before = (tmp_path / "log" / "log.txt").read_text()
     assert_user_error(try_to_train(byte_shards, tmp_path / "log", "--resume"), "step_000005", "--init_from")
     assert (tmp_path / "log" / "log.txt").read_text() == before
-    fine_tune(checkpoint, byte_shards, tmp_path / "new", "--seed", 7)
+    train(byte_shards, tmp_path / "new", "--init_from", checkpoint, "--seed", 7, **NO_SHAPE)
 
 
 def test_the_best_model_is_kept_across_a_resume(byte_shards, tmp_path):
@@ -574,19 +571,13 @@ def test_wsd_allows_a_longer_run_until_the_decay_begins(byte_shards, tmp_path):
 
 
 # ---------------------------------------------------------------------------------- fine-tuning
-def fine_tune(model, data_dir, log_dir, *flags):
-    """Run train_gpt2.py with --init_from in this process. It must succeed without a warning."""
-    line = [*NO_SHAPE, "--data_dir", data_dir, "--log_dir", log_dir, "--init_from", model, *flags]
-    done = call("train_gpt2", *line)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 @pytest.mark.gpt2
 def test_fine_tuning_lowers_the_models_own_loss_and_resumes_to_the_same_bytes(byte_shards, tmp_path):
     """Positions are cropped from 40 to 16. Dropout is the flag's, 0, not the model's."""
     model = random_gpt2(tmp_path / "model")
-    line = [tmp_path / "model", byte_shards, tmp_path / "log", "--max_steps", 20, "--learning_rate", 1e-2]
-    fine_tune(*line, "--checkpoint_interval", 10)
+    line = [byte_shards, tmp_path / "log", "--init_from", tmp_path / "model"]
+    changes = {**NO_SHAPE, "max_steps": 20, "learning_rate": 1e-2, "checkpoint_interval": 10}
+    train(*line, **changes)
     windows = read_windows(byte_shards / "excerpt_val_000000.npy", 16)[:25]
     val = losses(tmp_path / "log", "val")
     assert val[0] == pytest.approx(transformers_loss(model, windows), abs=6e-5)
@@ -596,7 +587,7 @@ def test_fine_tuning_lowers_the_models_own_loss_and_resumes_to_the_same_bytes(by
     assert (model.config.resid_pdrop, config["resid_pdrop"]) == (0.1, 0)
     whole = weights(tmp_path / "log", 20)
     remove_checkpoint(tmp_path / "log", 20)
-    fine_tune(*line, "--checkpoint_interval", 10, "--resume")
+    train(*line, "--resume", **changes)
     assert weights(tmp_path / "log", 20) == whole
 
 
