@@ -626,7 +626,9 @@ def test_a_download_that_hangs_does_not_keep_a_failed_run_alive(texts_hub, tmp_p
     started = time.perf_counter()
     [done] = Run(*HUB_FLAGS, tmp_path / "out", "--shard_size", 50_000, script="fineweb").wait()
     assert_user_error(done, "000.parquet")
+    # only one file is downloaded in advance
     assert any("001.parquet" in request for request in texts_hub.log)
+    assert not any("002.parquet" in request for request in texts_hub.log)
     assert time.perf_counter() - started < 20
 
 
