@@ -31,11 +31,14 @@ SHARED = ROOT.parent / "shared"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 sys.path.append(str(ROOT / "benchmarks"))  # so that benchmarks can import common.py
 
+# What the helpers here need on the disk. It is deleted when the tests end.
+SCRATCH = tempfile.TemporaryDirectory(prefix="tests_of_gpt2_")
+
 # No network: requests to other hosts go to a proxy on port 9, where nothing listens.
 for name in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ[name] = os.environ[name.upper()] = "http://127.0.0.1:9"
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp(prefix="hf_home_")}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{SCRATCH.name}/hf_home"}
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models run fastest on one thread, which also adds in a fixed order
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(name, None)
@@ -181,7 +184,7 @@ class Run:
     """
 
     def __init__(self, *flags, script="train_gpt2", ranks=1, before=None):
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder = Path(tempfile.mkdtemp(dir=SCRATCH.name))
         compiled(script)
         self.processes = []
         for rank in range(ranks):
@@ -227,8 +230,7 @@ def run_rank(folder, script, rank, ranks, flags, before):
 @cache
 def compiled(script):
     """Compile a script once, so that its runs start faster. Returns the path of the bytecode."""
-    path = tempfile.mktemp(suffix=".pyc")
-    return py_compile.compile(str(ROOT / f"{script}.py"), path, doraise=True)
+    return py_compile.compile(str(ROOT / f"{script}.py"), f"{SCRATCH.name}/{script}.pyc", doraise=True)
 
 
 # --------------------------------------------------------------------------------------- faults

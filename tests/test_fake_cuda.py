@@ -30,8 +30,9 @@ TRAINING = {
     "max_new_tokens": NEW_TOKENS,
     "device": "cuda",
 }
-# sequences for which the GPU has memory -> micro-batch size: a tenth of the memory must stay free
-MEMORY = {8: 4, 1000: 64}
+# sequences for which the GPU has memory -> micro-batch size. A tenth of the memory must stay free: of 8.89, that leaves
+# 8.001, which is enough for 8 sequences, but not for the averages of AdamW as well.
+MEMORY = {8.89: 4, 9: 8, 1000: 64}
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
@@ -139,7 +140,7 @@ def test_scripts_wait_for_the_gpu_in_few_places(results, name, step, dtype):
 
 @pytest.mark.parametrize("sequences", MEMORY)
 def test_the_micro_batch_fits_into_the_memory(results, sequences):
-    """The largest power of two, up to 64, with a tenth of the memory to spare."""
+    """The micro-batch is the largest power of two that fits, up to 64."""
     result = results[f"memory {sequences}"]
     assert result["status"] == 0, result["stderr"]
     assert f" x {MEMORY[sequences]} sequences" in result["stdout"]
