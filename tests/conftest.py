@@ -13,6 +13,7 @@ import json
 import os
 import py_compile
 import re
+import resource
 import runpy
 import signal
 import subprocess
@@ -303,8 +304,6 @@ def send(*names):
 
 def limit_files(num_bytes):
     """Let no file become larger, as on a full disk."""
-    import resource  # Windows does not have it
-
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
@@ -352,11 +351,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     server.files:    {repository: {file name: content}}
     server.log:      the requests so far, for example "GET /datasets/me/texts/resolve/COMMIT/a.parquet"
-    server.trouble:  a list of (text, what goes wrong once, in a request that contains the text)
+    server.trouble:  a list of (text, trouble): one request that contains the text has this trouble
 
-    What goes wrong is an HTTP status or one of these words: "missing" (there is no such file), "hang"
-    (no answer), "drop" (the connection breaks after half of the file), "truncated" (half of the file,
-    with a Content-Length that fits it), "damaged" (one bit has changed).
+    A trouble is an HTTP status or one of these words: "missing" (there is no such file), "hang" (no
+    answer), "drop" (the connection breaks after half of the file), "truncated" (half of the file, with
+    a Content-Length that fits it), "damaged" (one bit has changed).
     """
 
     protocol_version = "HTTP/1.1"

@@ -242,7 +242,8 @@ def test_limit_takes_the_first_examples(tmp_path, tiny):
     model, flags, examples = tiny
     torch.backends.cuda.enable_cudnn_sdp(True)
     result, lines = evaluate(tmp_path, *flags, "--limit", 7)
-    assert not torch.backends.cuda.cudnn_sdp_enabled()  # slow: it makes a new plan for each length
+    # cuDNN's attention makes a new plan for each length, which is slow
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert_equals_plain_method(result, model, examples[:7])
     assert lines[-1].startswith("7 acc: ")
     assert evaluate(tmp_path, *flags, "--limit", 1000)[0]["n"] == 20

@@ -386,7 +386,8 @@ def test_one_line_on_stderr_says_which_model_it_is(tmp_path):
     assert done.stderr.count("\n") == 1
     assert str(tmp_path / "step_000007") in done.stderr
     assert f"{model.num_parameters():,}" in done.stderr
-    assert not torch.backends.cuda.cudnn_sdp_enabled()  # slow: it makes a new plan for each length
+    # cuDNN's attention makes a new plan for each length, which is slow
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.gpt2

@@ -170,6 +170,12 @@ def test_a_round_trip_through_transformers_changes_no_bit(tmp_path):
         assert file.metadata() == {"format": "pt"}  # earlier versions of transformers need it
 
 
+def test_a_model_in_16_bits_is_saved_in_float32(tmp_path):
+    """Also after a change of the architecture."""
+    GPT(tiny_config()).bfloat16().save_pretrained(tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+
+
 # ---------------------------------------------------------------------------- loading models
 def edit_config(**changes):
     """Return a function that changes the config.json in a directory."""
@@ -316,9 +322,8 @@ PUBLISHED = {
 
 @gpt2
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_presets_have_the_published_sizes_and_the_recipe_of_gpt3(preset):
-    """All sizes have heads of 64 channels, batches of 2**19 tokens, and 10B tokens in total."""
-    count, learning_rate = PUBLISHED[preset]
+def test_presets_have_the_published_parameter_counts_and_heads_of_64_channels(preset):
+    count, _ = PUBLISHED[preset]
     values = train_gpt2.PRESETS[preset]
     shape = {name: values[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
     with torch.device("meta"):
@@ -328,7 +333,13 @@ def test_presets_have_the_published_sizes_and_the_recipe_of_gpt3(preset):
     assert sum(p.numel() for p in model.parameters()) == count + (50304 - 50257) * values["n_embd"]
     if preset == "gpt2":
         assert model.config == GPTConfig()
-    assert values["learning_rate"] == learning_rate
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_follow_the_recipe_of_gpt3(preset):
+    """All sizes have batches of 2**19 tokens, and 10B tokens in total."""
+    values = train_gpt2.PRESETS[preset]
+    assert values["learning_rate"] == PUBLISHED[preset][1]
     assert values["total_batch_size"] == 2**19
     assert values["warmup_steps"] == 375e6 // 2**19
     assert values["max_steps"] == 10e9 // 2**19
@@ -469,6 +480,13 @@ def test_scaled_gradients_of_float16_are_clipped_together_to_the_given_norm(tmp_
     actual = [math.sqrt(a + b) for a, b in zip(squares[::2], squares[1::2], strict=True)]  # Muon's and AdamW's
     assert actual == pytest.approx([min(norm, 0.7) for norm in norms], rel=1e-3)
     assert max(norms) > 1
+
+
+def test_wsd_is_a_warmup_a_constant_rate_and_a_line_to_zero():
+    """The recipe's plain loop has the same schedules, but only for GPT-2."""
+    rates = [train_gpt2.SCHEDULES["wsd"](step, 2.0, 10, 100) for step in range(101)]
+    expected = np.interp(range(101), [0, 9, 40, 100], [0.2, 2.0, 2.0, 0.0])
+    assert rates == pytest.approx(expected.tolist())
 
 
 # ----------------------------------------------------------------------------------------- muon

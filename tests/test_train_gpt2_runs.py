@@ -192,6 +192,15 @@ def test_step_lines_show_duration_speed_and_the_time_left(one_run, byte_shards, 
     assert losses(tmp_path / "log") == losses(one_run[1])
 
 
+def test_a_small_model_learns_more_than_character_frequencies(byte_shards, tmp_path):
+    changes = {"max_steps": 200, "eval_interval": 200, "learning_rate": 2e-2, "optimizer": "muon"}
+    train(byte_shards, tmp_path / "log", log_interval=200, **changes)
+    tokens = np.load(byte_shards / "excerpt_val_000000.npy")
+    frequencies = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    entropy = -(frequencies * np.log(frequencies)).sum()
+    assert losses(tmp_path / "log", "val")[200] < entropy - 0.3
+
+
 # ----------------------------------------------------------- gradient accumulation and processes
 @pytest.mark.parametrize("ranks, micro_batch_size", [(1, 2), (2, 2), (2, 4)])
 def test_any_split_of_a_batch_gives_the_same_losses(one_run, byte_shards, tmp_path, ranks, micro_batch_size):
